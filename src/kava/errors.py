@@ -1,0 +1,83 @@
+"""Everything that can go wrong for a user, as one tree.
+
+Each error is also the builtin it resembles, so that code which does not know kava can still catch it. A message says
+what is wrong, where, and how to mend it, in one line; the command line prints it alone and leaves with `exit_code`::
+
+    KavaError                     2
+    ├── RecipeError               2   ValueError        a key or value of the recipe
+    ├── CorpusError               2   ValueError        a record, a line, a field
+    ├── AlignmentError            2   ValueError        tokens, spans, indices, layers or heads that do not fit
+    ├── UnsupportedModelError     2   NotImplementedError
+    ├── ModelNotFoundError        2   FileNotFoundError
+    ├── StoreError                2   ValueError
+    │   ├── StoreNotFoundError    2   FileNotFoundError
+    │   ├── ManifestMismatchError 2                     a store of other content, naming every differing field
+    │   ├── SampleFailedError     2   LookupError       this sample has no K/V; the reason was recorded
+    │   └── DamagedStoreError     1   OSError           bytes on disk are not what was written
+    ├── StageError                2   RuntimeError      a stage whose inputs are not there
+    └── RetryLaterError           75  OSError           disk full and the like: run the same command again later
+"""
+
+from __future__ import annotations
+
+EXIT_FAULT = 1
+EXIT_USER = 2
+EXIT_RETRY = 75
+
+
+class KavaError(Exception):
+    """Base of all errors that are the user's to mend."""
+
+    exit_code: int = EXIT_USER
+
+
+class RecipeError(KavaError, ValueError):
+    """A key or a value of the recipe is wrong."""
+
+
+class CorpusError(KavaError, ValueError):
+    """A record of the corpus is wrong."""
+
+
+class AlignmentError(KavaError, ValueError):
+    """Tokens, spans, indices, layers or heads do not fit each other."""
+
+
+class UnsupportedModelError(KavaError, NotImplementedError):
+    """It is not known where this architecture keeps its pre-RoPE keys."""
+
+
+class ModelNotFoundError(KavaError, FileNotFoundError):
+    """A model or tokenizer could not be found or loaded."""
+
+
+class StoreError(KavaError, ValueError):
+    """A store cannot be read or written as asked."""
+
+
+class StoreNotFoundError(StoreError, FileNotFoundError):
+    """There is no store, or no such part of it, at this path."""
+
+
+class ManifestMismatchError(StoreError):
+    """A store at this path holds other content."""
+
+
+class SampleFailedError(StoreError, LookupError):
+    """The sample was recorded as failed and has no keys and values."""
+
+
+class DamagedStoreError(StoreError, OSError):
+    """Bytes on disk are not the bytes that were written."""
+
+    exit_code = EXIT_FAULT
+
+
+class StageError(KavaError, RuntimeError):
+    """A stage cannot run because its inputs are missing or do not match."""
+
+
+class RetryLaterError(KavaError, OSError):
+    """The machine, not the input, stands in the way; the same command may be run again later."""
+
+    exit_code = EXIT_RETRY

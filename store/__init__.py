@@ -1,0 +1,43 @@
+"""The store: teacher and target KV caches on disk.
+
+One format, one writer, one reader. A store is a Zarr v3 group whose *parts* hold a fixed number of consecutive samples;
+a part is written once, renamed into place, and never changed. This room knows nothing of models, tokenizers or recipes.
+See `docs/store-format.md`.
+"""
+
+from .codec import CODECS, Codec
+from .dtypes import DTYPES, DType
+from .fingerprint import digest_file, digest_json
+from .geometry import KVGeometry
+from .manifest import FORMAT_VERSION, Manifest, ModelIdentity
+from .part import PartReader, PartWriter
+from .sample import SEGMENTS, SPLITS, KVBatch, KVSample, Segment, Split, collate
+from .store import KVStore
+from .verify import Damage, verify_store
+from .writer import BackgroundWriter
+
+__all__ = [
+    "CODECS",
+    "DTYPES",
+    "FORMAT_VERSION",
+    "SEGMENTS",
+    "SPLITS",
+    "BackgroundWriter",
+    "Codec",
+    "DType",
+    "Damage",
+    "KVBatch",
+    "KVGeometry",
+    "KVSample",
+    "KVStore",
+    "Manifest",
+    "ModelIdentity",
+    "PartReader",
+    "PartWriter",
+    "Segment",
+    "Split",
+    "collate",
+    "digest_file",
+    "digest_json",
+    "verify_store",
+]

@@ -1,0 +1,65 @@
+"""Files that are whole or absent: fsync, rename, and what a full or read-only disk means to a user."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import KavaError, RetryLaterError, StoreError
+
+_RETRY = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE}
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns an `OSError` while writing below `path` into an error that says how to mend it.
+
+    Raises:
+        RetryLaterError: the disk is full or failing.
+        StoreError: the place cannot be written.
+    """
+    try:
+        yield
+    except KavaError:
+        raise
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        if error.errno in _RETRY:
+            raise RetryLaterError(
+                f"{path}: {reason.lower()}; make room and run the same command again, finished parts are kept"
+            ) from error
+        raise StoreError(f"{path}: cannot write here: {reason.lower()}; choose another run_dir or its rights") from error
+
+
+def fsync(path: Path) -> None:
+    """Flushes a file or a directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(root: Path) -> None:
+    """Flushes every file and directory below `root`, and `root` itself."""
+    for folder, _, files in os.walk(root, topdown=False):
+        for name in files:
+            fsync(Path(folder) / name)
+        fsync(Path(folder))
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file so that a reader sees the old bytes or the new ones, never a part of them."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_bytes(data)
+            fsync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync(path.parent)

@@ -1,0 +1,137 @@
+"""What a store says about itself.
+
+The *content* of a store is determined by everything in the manifest except the codec (lossless) and the library
+versions; the fingerprint is a digest of exactly that. Two stores with the same fingerprint hold the same numbers.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, computed_field
+
+from ..errors import StoreError
+from .fingerprint import digest_json
+from .geometry import KVGeometry
+
+FORMAT_VERSION: Final = 1
+"""Version of the on-disk format that this code writes."""
+
+_NOT_CONTENT: Final = ("codec", "versions", "fingerprint")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelIdentity(_Strict):
+    """Which weights made the numbers."""
+
+    id: str
+    """The name given by the recipe: a hub id, or the last part of a local path."""
+    revision: str | None = None
+    """The resolved commit of a hub model."""
+    weights_digest: str | None = None
+    """The digest of local weights."""
+    compute_dtype: str
+    """The dtype of the forward pass."""
+    rope: dict[str, Any] = Field(default_factory=dict)
+    """The model's `rope_parameters`; stored keys are un-rotated, this is what to rotate them with."""
+
+
+class Manifest(_Strict):
+    """The manifest of a store, format version 1."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    kind: Literal["capture", "resampled", "target"]
+    """`capture`: as a model computed it; `resampled`: on the student's tokens; `target`: in the student's geometry too."""
+    geometry: KVGeometry
+    dtype: Literal["bfloat16", "float16", "float32"]
+    codec: str
+    page_tokens: PositiveInt
+    """Rows per page; a page is one chunk and belongs to one sample."""
+    num_samples: NonNegativeInt
+    samples_per_part: PositiveInt
+    model: ModelIdentity
+    tokenizer_digest: str
+    """The tokenizer of this store's time axis."""
+    chat_template_digest: str | None = None
+    corpus_digest: str
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    """The parameters of the stage that made this store."""
+    parents: dict[str, str] = Field(default_factory=dict)
+    """Fingerprints of what this store was made from."""
+    versions: dict[str, str] = Field(default_factory=lambda: library_versions())
+    """Library versions of the writer: provenance, not content."""
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def fingerprint(self) -> str:
+        """A digest of everything that determines the content."""
+        content = self.model_dump(mode="json", exclude={*_NOT_CONTENT})
+        return digest_json(content)
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of the complete store."""
+        return -(-self.num_samples // self.samples_per_part)
+
+    def part_samples(self, part: int) -> range:
+        """The samples of part `part`, as indices into the store."""
+        first = part * self.samples_per_part
+        return range(first, min(first + self.samples_per_part, self.num_samples))
+
+    def differences(self, other: Manifest) -> dict[str, tuple[Any, Any]]:
+        """Every field, by dotted name, in which two manifests differ; library versions do not count."""
+        mine, theirs = (_flat(m.model_dump(mode="json", exclude={"versions", "fingerprint"})) for m in (self, other))
+        names = sorted(mine.keys() | theirs.keys())
+        return {name: (mine.get(name), theirs.get(name)) for name in names if mine.get(name) != theirs.get(name)}
+
+    @classmethod
+    def from_attributes(cls, attributes: dict[str, Any], where: str) -> Manifest:
+        """Reads the manifest from a Zarr group's attributes.
+
+        Raises:
+            StoreError: if this is no kava store, or one of a newer format.
+        """
+        raw = attributes.get("kava")
+        if not isinstance(raw, dict):
+            raise StoreError(f"{where} is not a kava store: its zarr.json has no 'kava' attribute")
+        version = raw.get("format_version")
+        if version != FORMAT_VERSION:
+            raise StoreError(f"{where} has store format {version!r}, this kava reads {FORMAT_VERSION}: upgrade kava")
+        stated = raw.get("fingerprint")
+        try:
+            manifest = cls.model_validate({k: v for k, v in raw.items() if k != "fingerprint"})
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(p) for p in first["loc"])
+            raise StoreError(f"{where}/zarr.json: manifest field {place!r}: {first['msg']}") from None
+        if stated != manifest.fingerprint:
+            raise StoreError(f"{where}/zarr.json was edited: its fingerprint does not match its fields")
+        return manifest
+
+
+def default_page_tokens(geometry: KVGeometry, itemsize: int) -> int:
+    """Tokens per page: the power of two, 64 at most, that keeps the raw page of keys at or under 1 MiB."""
+    row = geometry.num_layers * geometry.width * itemsize
+    fitting = max(1, (1 << 20) // row)
+    return int(min(64, 1 << (fitting.bit_length() - 1)))
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that could change a number."""
+    found = {}
+    for name in ("kava", "numpy", "torch", "transformers", "tokenizers", "zarr"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {k: v for name, sub in value.items() for k, v in _flat(sub, f"{prefix}{name}.").items()}
+    return {prefix.removesuffix("."): value}

@@ -1,0 +1,397 @@
+"""A part: the unit of writing, commit, rerun and verification.
+
+A part is a Zarr group, written under a hidden name, flushed, and renamed into place. Its attributes name every file with
+size and checksum, so that a missing or exchanged file is noticed when the part is opened, and the digests of the parent
+parts it was made from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import socket
+import uuid
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import DamagedStoreError, SampleFailedError, StoreError, StoreNotFoundError
+from .codec import codec_of, crc32c
+from .dtypes import dtype_of
+from .files import disk_errors, fsync, fsync_tree
+from .fingerprint import digest_json
+from .manifest import Manifest
+from .sample import KVSample, Split
+from .shard import PagedArray, PageReader, PageWriter
+
+_ROW_ARRAYS = {"input_ids": "<i4", "positions": "<i4", "spans": "<i4", "segments": "|u1", "mask": "|b1"}
+_KV = ("keys", "values")
+
+
+def part_name(index: int) -> str:
+    """The folder of a part below `parts/`."""
+    return f"{index:05d}"
+
+
+def paged_array(manifest: Manifest, folder: Path) -> PagedArray:
+    """The layout of the `keys` or `values` array of a part."""
+    dtype = dtype_of(manifest.dtype)
+    return PagedArray(folder, (manifest.page_tokens, *manifest.geometry.shape), dtype.numpy, codec_of(manifest.codec))
+
+
+class PartWriter:
+    """Writes one part. Samples come in any order; `commit` makes the part visible, whole.
+
+    Use as a context manager: leaving it without `commit` removes what was written.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, index: int) -> None:
+        self.root, self.manifest, self.index = root, manifest, index
+        self.samples = manifest.part_samples(index)
+        self._dtype = dtype_of(manifest.dtype)
+        self._folder = root / "parts" / f".tmp-{part_name(index)}-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._pages = {name: PageWriter(paged_array(manifest, self._folder / name)) for name in _KV}
+        self._rows: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in _ROW_ARRAYS}
+        self._start = np.zeros(len(self.samples), np.int64)
+        self._length = np.full(len(self.samples), -1, np.int32)
+        self._split = np.zeros(len(self.samples), np.uint8)
+        self._ids: list[str] = [""] * len(self.samples)
+        self._failed: dict[str, str] = {}
+        layers = manifest.geometry.num_layers
+        self._sums = {name: np.zeros((2, layers)) for name in _KV}
+        self._tokens = 0
+        with disk_errors(root):
+            self._folder.mkdir(parents=True)
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.abort()
+
+    def append(self, position: int, sample: KVSample) -> None:
+        """Writes a sample at `position` of this part.
+
+        A sample with a non-finite key or value is not written but recorded as failed.
+
+        Raises:
+            StoreError: if shapes differ from the manifest, or the position is foreign or taken.
+        """
+        self._claim(position, sample.sample_id, sample.split)
+        tokens = len(sample)
+        expected = (tokens, *self.manifest.geometry.shape)
+        raw: dict[str, np.ndarray[Any, Any]] = {}
+        for name in _KV:
+            tensor = getattr(sample, name)
+            if tensor is None or tuple(tensor.shape) != expected:
+                shape = None if tensor is None else tuple(tensor.shape)
+                raise StoreError(f"sample {sample.sample_id!r}: {name} have shape {shape}, the store holds {expected}")
+            raw[name] = self._dtype.to_numpy(tensor)
+        sums = {name: _layer_sums(self._dtype.to_float32(raw[name]), sample.mask) for name in _KV}
+        for name in _KV:
+            if bad := np.flatnonzero(~np.isfinite(sums[name][2])).tolist():
+                self._record(position, f"non-finite {name} in layers {bad}")
+                return
+        page = self.manifest.page_tokens
+        with disk_errors(self.root):
+            self._start[position] = self._pages["keys"].num_pages * page
+            for name in _KV:
+                for first in range(0, tokens, page):
+                    self._pages[name].write(_padded(raw[name][first : first + page], page))
+        for name, dtype in _ROW_ARRAYS.items():
+            self._rows[name].append(_padded(getattr(sample, name).astype(dtype), -(-tokens // page) * page))
+        self._length[position] = tokens
+        self._tokens += int(sample.mask.sum())
+        for name in _KV:
+            self._sums[name] += sums[name][:2]
+
+    def fail(self, position: int, sample_id: str, split: Split, reason: str) -> None:
+        """Records that this sample has no keys and values, and why."""
+        self._claim(position, sample_id, split)
+        self._record(position, reason)
+
+    def commit(self, sources: dict[str, str] | None = None) -> Path:
+        """Flushes the part and renames it into place.
+
+        Args:
+            sources: the digests of the parent parts this part was made from.
+
+        Raises:
+            StoreError: if a sample is missing or the part is there already.
+        """
+        if missing := np.flatnonzero(self._length < 0).tolist():
+            raise StoreError(f"part {self.index}: samples at positions {missing[:5]} were not written")
+        final = self.root / "parts" / part_name(self.index)
+        with disk_errors(self.root):
+            self._write_arrays()
+            attributes = {
+                "index": self.index,
+                "store": self.manifest.fingerprint,
+                "num_rows": self._pages["keys"].num_pages * self.manifest.page_tokens,
+                "failed": self._failed,
+                "sources": sources or {},
+                "statistics": self._statistics(),
+                "files": _file_table(self._folder),
+            }
+            attributes["digest"] = digest_json(attributes)
+            header = {"zarr_format": 3, "node_type": "group", "attributes": {"kava_part": attributes}}
+            (self._folder / "zarr.json").write_text(json.dumps(header, indent=1))
+            fsync_tree(self._folder)
+            try:
+                self._folder.rename(final)
+            except OSError as error:
+                if final.exists():
+                    raise StoreError(f"{final} was written by another process meanwhile; it was kept") from error
+                raise
+            fsync(final.parent)
+        return final
+
+    def abort(self) -> None:
+        """Removes what was not committed."""
+        for writer in self._pages.values():
+            writer.abort()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _claim(self, position: int, sample_id: str, split: Split) -> None:
+        if not 0 <= position < len(self.samples):
+            raise StoreError(f"part {self.index} has {len(self.samples)} samples, there is no position {position}")
+        if self._length[position] >= 0:
+            raise StoreError(f"part {self.index}: position {position} was written twice")
+        self._ids[position], self._split[position] = sample_id, int(split)
+
+    def _record(self, position: int, reason: str) -> None:
+        self._failed[str(position)] = reason
+        self._length[position] = 0
+        self._start[position] = self._pages["keys"].num_pages * self.manifest.page_tokens
+
+    def _statistics(self) -> dict[str, Any]:
+        sums = {name: {"sum": s[0].tolist(), "sum_of_squares": s[1].tolist()} for name, s in self._sums.items()}
+        return {"tokens": self._tokens, **sums}
+
+    def _write_arrays(self) -> None:
+        import zarr
+
+        group = zarr.open_group(self._folder, mode="a", zarr_format=3)
+        for name, writer in self._pages.items():
+            writer.close()
+            array = writer.array
+            page, tail = array.page_shape[0], array.page_shape[1:]
+            group.create_array(
+                name,
+                shape=(writer.num_pages * page, *tail),
+                dtype=np.dtype(self._dtype.numpy),
+                chunks=array.page_shape,
+                shards=(page * array.pages_per_shard, *tail),
+                fill_value=self._dtype.fill_value,
+                compressors=array.codec.zarr_codecs(self._dtype.itemsize),
+                attributes={"dtype": self.manifest.dtype},
+                dimension_names=["token", "layer", "head", "dim"],
+            )
+        for name, dtype in _ROW_ARRAYS.items():
+            shape = (0, 2) if name == "spans" else (0,)
+            _small_array(group, name, np.concatenate([np.zeros(shape, dtype), *self._rows[name]]), "token")
+        _small_array(group, "start", self._start, "sample")
+        _small_array(group, "length", self._length, "sample")
+        _small_array(group, "split", self._split, "sample")
+        _small_array(group, "sample_id", np.array(self._ids, dtype=object), "sample")
+
+
+class PartReader:
+    """Reads one committed part."""
+
+    def __init__(self, root: Path, manifest: Manifest, index: int) -> None:
+        self.root, self.manifest, self.index = root, manifest, index
+        self.path = root / "parts" / part_name(index)
+        self.attributes = self._read_attributes()
+        for name, (size, _) in self.attributes["files"].items():
+            try:
+                found = (self.path / name).stat().st_size
+            except OSError:
+                raise DamagedStoreError(f"{self.path}: the file {name} is missing") from None
+            if found != size:
+                raise DamagedStoreError(f"{self.path}: the file {name} has {found} bytes, expected {size}")
+        self._dtype = dtype_of(manifest.dtype)
+        pages = self.attributes["num_rows"] // manifest.page_tokens
+        self.pages = {name: PageReader(paged_array(manifest, self.path / name), pages) for name in _KV}
+
+    def __len__(self) -> int:
+        return len(self.manifest.part_samples(self.index))
+
+    @property
+    def digest(self) -> str:
+        """A digest of every byte of this part."""
+        return str(self.attributes["digest"])
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Digests of the parent parts."""
+        return dict(self.attributes["sources"])
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """Tokens with a target, and per layer the sums of their keys and values, and of the squares."""
+        return dict(self.attributes["statistics"])
+
+    @property
+    def failed(self) -> dict[int, str]:
+        """Positions of failed samples, with the reason."""
+        return {int(position): reason for position, reason in self.attributes["failed"].items()}
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Sample ids."""
+        return [str(i) for i in self._array("sample_id")]
+
+    @cached_property
+    def lengths(self) -> np.ndarray[Any, Any]:
+        """Tokens per sample."""
+        return self._array("length")
+
+    @cached_property
+    def splits(self) -> np.ndarray[Any, Any]:
+        """`Split` per sample."""
+        return self._array("split")
+
+    @cached_property
+    def starts(self) -> np.ndarray[Any, Any]:
+        """First row per sample."""
+        return self._array("start")
+
+    @cached_property
+    def rows(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The per-token arrays of the whole part."""
+        return {name: self._array(name) for name in _ROW_ARRAYS}
+
+    def sample(self, position: int, *, keys: bool = True, values: bool = True) -> KVSample:
+        """One sample; keys and values are read and decoded only if asked for.
+
+        Raises:
+            SampleFailedError: if it was recorded as failed.
+            DamagedStoreError: if its bytes are damaged.
+        """
+        if position in self.failed:
+            raise SampleFailedError(f"{self.root}: sample {self.ids[position]!r} failed: {self.failed[position]}")
+        start, length = int(self.starts[position]), int(self.lengths[position])
+        rows = {name: array[start : start + length] for name, array in self.rows.items()}
+        kv = {name: self.read(name, position) if wanted else None for name, wanted in zip(_KV, (keys, values), strict=True)}
+        return KVSample(
+            sample_id=self.ids[position],
+            split=Split(int(self.splits[position])),
+            keys=None if kv["keys"] is None else self._dtype.to_torch(kv["keys"]),
+            values=None if kv["values"] is None else self._dtype.to_torch(kv["values"]),
+            **rows,
+        )
+
+    def read(self, name: str, position: int) -> np.ndarray[Any, Any]:
+        """`keys` or `values` of one sample as the on-disk array `[t, l, h, d]`."""
+        page = self.manifest.page_tokens
+        start, length = int(self.starts[position]), int(self.lengths[position])
+        return self.pages[name].read(start // page, -(-length // page))[:length]
+
+    def _array(self, name: str) -> np.ndarray[Any, Any]:
+        import zarr
+
+        try:
+            array = zarr.open_array(self.path / name, mode="r")
+            return np.asarray(array[:])
+        except Exception as error:
+            raise DamagedStoreError(f"{self.path}/{name}: {error}") from error
+
+    def _read_attributes(self) -> dict[str, Any]:
+        header = self.path / "zarr.json"
+        try:
+            attributes: dict[str, Any] = json.loads(header.read_text())["attributes"]["kava_part"]
+            digest = digest_json({k: v for k, v in attributes.items() if k != "digest"})
+            if attributes["digest"] != digest:
+                raise DamagedStoreError(f"{header}: digest mismatch")
+        except FileNotFoundError:
+            raise StoreNotFoundError(f"{self.root}: part {self.index} is not written yet") from None
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, DamagedStoreError):
+                raise
+            raise DamagedStoreError(f"{header}: not readable: {error!r}") from None
+        if attributes["store"] != self.manifest.fingerprint or attributes["index"] != self.index:
+            raise DamagedStoreError(f"{self.path}: this part belongs to another store or place")
+        return attributes
+
+
+def remove_leftovers(root: Path) -> None:
+    """Removes hidden folders of writers of this host that are no longer alive."""
+    for folder in (root / "parts").glob(".tmp-*"):
+        host, pid, _ = folder.name.removeprefix(".tmp-").split("-", 1)[1].rsplit("-", 2)
+        if host == _host() and not _alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _host() -> str:
+    return socket.gethostname()
+
+
+def _layer_sums(array: np.ndarray[Any, Any], mask: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """`[3, l]`: sum and sum of squares over tokens that have a target, and a value that is finite iff all numbers are."""
+    every = array.sum(axis=(0, 2, 3), dtype=np.float64)
+    chosen = array if mask.all() else array[mask]
+    total = every if chosen is array else chosen.sum(axis=(0, 2, 3), dtype=np.float64)
+    return np.stack([total, np.einsum("tlhd,tlhd->l", chosen, chosen, dtype=np.float64), every])
+
+
+def _padded(array: np.ndarray[Any, Any], rows: int) -> np.ndarray[Any, Any]:
+    if len(array) == rows:
+        return np.ascontiguousarray(array)
+    out = np.zeros((rows, *array.shape[1:]), array.dtype)
+    out[: len(array)] = array
+    return out
+
+
+def _small_array(group: Any, name: str, data: np.ndarray[Any, Any], axis: str) -> None:
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+
+    dtype = "str" if data.dtype == object else data.dtype
+    chunks = tuple(max(1, size) for size in data.shape)
+    array = group.create_array(
+        name,
+        shape=data.shape,
+        dtype=dtype,
+        chunks=chunks,
+        compressors=[ZstdCodec(level=1), Crc32cCodec()],
+        dimension_names=[axis, "edge"][: data.ndim],
+        config={"write_empty_chunks": True},  # An absent chunk reads as zeros; here absent always means damaged.
+    )
+    if math.prod(data.shape):
+        array[...] = data
+
+
+def _file_table(folder: Path) -> dict[str, tuple[int, int]]:
+    table = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "zarr.json"):
+        checksum = file_crc32c(path)
+        table[path.relative_to(folder).as_posix()] = (path.stat().st_size, checksum)
+    return table
+
+
+def file_crc32c(path: Path) -> int:
+    """CRC-32C of a file's bytes, read in blocks."""
+    import google_crc32c
+
+    checksum = google_crc32c.Checksum()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            checksum.update(block)
+    return int.from_bytes(checksum.digest(), "big")
+
+
+__all__ = ["PartReader", "PartWriter", "crc32c", "file_crc32c", "paged_array", "part_name", "remove_leftovers"]

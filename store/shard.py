@@ -1,0 +1,165 @@
+"""Zarr's sharding codec for arrays that are chunked along their first axis only.
+
+A shard is the chunks' bytes one after the other, then an index of `(offset, nbytes)` pairs and its CRC-32C. Writing it
+chunk by chunk needs the memory of one chunk; reading a run of chunks is one `pread`. zarr-python reads the same files
+and is the oracle in the tests.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+
+from ..errors import DamagedStoreError
+from .codec import Codec, crc32c
+
+SHARD_BYTES: Final = 128 << 20
+"""Raw bytes per shard, at most."""
+
+SHARD_PAGES: Final = 1024
+"""Chunks per shard, at most: an index has room for all of them, used or not."""
+
+_EMPTY: Final = np.uint64(2**64 - 1)
+
+
+@dataclass(frozen=True)
+class PagedArray:
+    """Where an array lies and how it is cut: pages of rows, shards of pages."""
+
+    folder: Path
+    page_shape: tuple[int, ...]
+    """`(page_tokens, num_layers, num_key_value_heads, head_dim)`."""
+    dtype: str
+    """NumPy dtype of the bytes on disk."""
+    codec: Codec
+
+    @property
+    def page_bytes(self) -> int:
+        """Raw bytes of one page."""
+        return int(np.prod(self.page_shape)) * np.dtype(self.dtype).itemsize
+
+    @property
+    def pages_per_shard(self) -> int:
+        """Chunks in one shard."""
+        return max(1, min(SHARD_PAGES, SHARD_BYTES // self.page_bytes))
+
+    def shard_path(self, shard: int) -> Path:
+        """The file of a shard, by Zarr's default chunk key encoding."""
+        return self.folder.joinpath("c", str(shard), *["0"] * (len(self.page_shape) - 1))
+
+
+@dataclass
+class PageWriter:
+    """Appends pages; a full shard is closed and the next one begun."""
+
+    array: PagedArray
+    num_pages: int = 0
+    _file: BinaryIO | None = None
+    _index: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros((0, 2), "<u8"))
+    _offset: int = 0
+
+    def write(self, page: np.ndarray[Any, Any]) -> None:
+        """Encodes and writes one page of exactly `page_shape`."""
+        assert page.shape == self.array.page_shape
+        slot = self.num_pages % self.array.pages_per_shard
+        if slot == 0:
+            self._begin(self.num_pages // self.array.pages_per_shard)
+        assert self._file is not None
+        chunk = self.array.codec.encode(page)
+        self._file.write(chunk)
+        self._index[slot] = (self._offset, len(chunk))
+        self._offset += len(chunk)
+        self.num_pages += 1
+        if slot == self.array.pages_per_shard - 1:
+            self.close()
+
+    def close(self) -> None:
+        """Writes the index of the open shard, if there is one."""
+        if self._file is None:
+            return
+        index = self._index.tobytes()
+        self._file.write(index + struct.pack("<I", crc32c(index)))
+        self._file.close()
+        self._file = None
+
+    def abort(self) -> None:
+        """Closes the file without finishing the shard."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _begin(self, shard: int) -> None:
+        path = self.array.shard_path(shard)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("wb")
+        self._index = np.full((self.array.pages_per_shard, 2), _EMPTY, "<u8")
+        self._offset = 0
+
+
+@dataclass
+class PageReader:
+    """Reads runs of pages; holds the shard indices it has seen, and no open files."""
+
+    array: PagedArray
+    num_pages: int
+    _indices: dict[int, np.ndarray[Any, Any]] = field(default_factory=dict)
+
+    def read(self, first: int, count: int) -> np.ndarray[Any, Any]:
+        """Pages `first .. first + count`, joined: `[count * page_tokens, l, h, d]` in the on-disk dtype.
+
+        Raises:
+            DamagedStoreError: naming the chunk.
+        """
+        if first < 0 or count < 0 or first + count > self.num_pages:
+            raise IndexError(f"pages {first}..{first + count} of {self.num_pages}")
+        out = np.empty((count, *self.array.page_shape), self.array.dtype)
+        for shard, start, stop in self._runs(first, count):
+            index = self.index(shard)[start:stop]
+            path = self.array.shard_path(shard)
+            base, end = int(index[0, 0]), int(index[:, 0].max() + index[index[:, 0].argmax(), 1])
+            with path.open("rb") as file:
+                data = memoryview(os.pread(file.fileno(), end - base, base))
+            for row, (offset, nbytes) in enumerate(index.tolist()):
+                page = shard * self.array.pages_per_shard + start + row
+                try:
+                    self.array.codec.decode(data[offset - base : offset - base + nbytes], out[page - first])
+                except (DamagedStoreError, RuntimeError, ValueError, struct.error) as error:
+                    raise DamagedStoreError(f"{path}: chunk {page}: {error}") from error
+        return out.reshape(count * self.array.page_shape[0], *self.array.page_shape[1:])
+
+    def index(self, shard: int) -> np.ndarray[Any, Any]:
+        """The `(offset, nbytes)` pairs of a shard's chunks that hold data, in order."""
+        if shard not in self._indices:
+            self._indices[shard] = self._read_index(shard)
+        return self._indices[shard]
+
+    def _read_index(self, shard: int) -> np.ndarray[Any, Any]:
+        path, slots = self.array.shard_path(shard), self.array.pages_per_shard
+        tail = slots * 16 + 4
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                data = os.pread(file.fileno(), tail, max(0, size - tail))
+        except FileNotFoundError:
+            raise DamagedStoreError(f"{path}: the shard is missing") from None
+        if len(data) < tail or struct.unpack("<I", data[-4:])[0] != crc32c(data[:-4]):
+            raise DamagedStoreError(f"{path}: the shard's index is damaged")
+        index = np.frombuffer(data[:-4], "<u8").reshape(slots, 2)
+        used = index[: min(slots, self.num_pages - shard * slots)]
+        if bool((used == _EMPTY).any()) or bool((used.sum(axis=1) > size - tail).any()):
+            raise DamagedStoreError(f"{path}: the shard's index points outside its file")
+        return used
+
+    def _runs(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
+        slots, stop = self.array.pages_per_shard, first + count
+        while first < stop:
+            shard, start = divmod(first, slots)
+            end = min(slots, start + stop - first)
+            yield shard, start, end
+            first += end - start

@@ -1,0 +1,268 @@
+"""`KVStore`: open or create a store, read samples, batches and dask arrays, write parts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from ..errors import ManifestMismatchError, StoreError, StoreNotFoundError
+from .dtypes import DType, dtype_of
+from .files import disk_errors, write_atomic
+from .geometry import KVGeometry
+from .manifest import Manifest
+from .part import PartReader, PartWriter, part_name, remove_leftovers
+from .sample import KVBatch, KVSample, Split, collate
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+    from .verify import Damage
+
+_BLOCK_BYTES: Final = 64 << 20
+_OPEN_PARTS: Final = 64
+
+
+class KVStore(Sequence[KVSample]):
+    """A store of keys and values. `store[i]` is the i-th sample of the corpus."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        self._parts: OrderedDict[int, PartReader] = OrderedDict()
+
+    @classmethod
+    def open(cls, path: str | Path) -> KVStore:
+        """Opens a store for reading.
+
+        Raises:
+            StoreNotFoundError: if there is none.
+            StoreError: if it is not a kava store of a known format.
+        """
+        path = Path(path)
+        header = path / "zarr.json"
+        try:
+            raw = json.loads(header.read_text())
+            attributes = raw["attributes"]
+        except FileNotFoundError:
+            raise StoreNotFoundError(f"there is no store at {path}") from None
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise StoreError(f"{header} is not readable: {error}") from None
+        return cls(path, Manifest.from_attributes(attributes if isinstance(attributes, dict) else {}, str(path)))
+
+    @classmethod
+    def create(cls, path: str | Path, manifest: Manifest) -> KVStore:
+        """Creates a store, or opens the one at `path` to continue it.
+
+        Raises:
+            ManifestMismatchError: if the one at `path` has another manifest, naming every differing field.
+        """
+        path = Path(path)
+        if (path / "zarr.json").exists():
+            store = cls.open(path)
+            if found := store.manifest.differences(manifest):
+                fields = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in found.items())
+                raise ManifestMismatchError(
+                    f"{path} holds other content ({fields}). Rerun with --force to replace it, or choose another run_dir"
+                )
+            remove_leftovers(path)
+            return store
+        with disk_errors(path):
+            (path / "parts").mkdir(parents=True, exist_ok=True)
+        for folder in (path / "parts", path):
+            attributes = {"kava": manifest.model_dump(mode="json")} if folder == path else {}
+            header = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+            write_atomic(folder / "zarr.json", json.dumps(header, indent=1, ensure_ascii=False).encode())
+        return cls(path, manifest)
+
+    def __repr__(self) -> str:
+        m = self.manifest
+        return f"KVStore({str(self.path)!r}, {m.kind}, {len(self)} samples, {m.geometry}, {m.dtype})"
+
+    def __len__(self) -> int:
+        return self.manifest.num_samples
+
+    def __getitem__(self, index: int) -> KVSample:  # type: ignore[override]
+        return self.sample(index)
+
+    def __iter__(self) -> Iterator[KVSample]:
+        return (self.sample(i) for i in range(len(self)))
+
+    @property
+    def geometry(self) -> KVGeometry:
+        """Layers, KV heads and head width."""
+        return self.manifest.geometry
+
+    @property
+    def dtype(self) -> DType:
+        """Storage dtype."""
+        return dtype_of(self.manifest.dtype)
+
+    def sample(self, index: int, *, keys: bool = True, values: bool = True) -> KVSample:
+        """Sample `index`; keys and values are read only if asked for.
+
+        Raises:
+            IndexError: if there is no such sample.
+            StoreNotFoundError: if its part is not written yet.
+            SampleFailedError: if it was recorded as failed.
+            DamagedStoreError: if its bytes are damaged.
+        """
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        part, position = divmod(index, self.manifest.samples_per_part)
+        return self.part(part).sample(position, keys=keys, values=values)
+
+    def batch(
+        self, indices: Iterable[int], *, keys: bool = True, values: bool = True, pad_token_id: int = 0
+    ) -> KVBatch:
+        """Several samples, padded on the right."""
+        return collate([self.sample(i, keys=keys, values=values) for i in indices], pad_token_id=pad_token_id)
+
+    @property
+    def keys(self) -> da.Array:
+        """`[all tokens, l, h, d]`: the pre-RoPE keys of every written sample, in sample order, without padding."""
+        return self._dask("keys")
+
+    @property
+    def values(self) -> da.Array:
+        """`[all tokens, l, h, d]`: the values of every written sample, in sample order, without padding."""
+        return self._dask("values")
+
+    def part(self, index: int) -> PartReader:
+        """The reader of a part; a bounded number of them is kept open."""
+        if index not in self._parts:
+            self._parts[index] = PartReader(self.path, self.manifest, index)
+            while len(self._parts) > _OPEN_PARTS:
+                self._parts.popitem(last=False)
+        self._parts.move_to_end(index)
+        return self._parts[index]
+
+    def committed_parts(self) -> list[int]:
+        """Numbers of the parts that are written."""
+        names = (p.name for p in (self.path / "parts").glob("[0-9]*") if p.is_dir())
+        found = sorted(int(name) for name in names if re.fullmatch(r"\d{5,}", name))
+        return [index for index in found if index < self.manifest.num_parts]
+
+    def missing_parts(self) -> list[int]:
+        """Numbers of the parts that are not written yet."""
+        done = set(self.committed_parts())
+        return [index for index in range(self.manifest.num_parts) if index not in done]
+
+    def write_part(self, index: int) -> PartWriter:
+        """A writer for one part."""
+        return PartWriter(self.path, self.manifest, index)
+
+    def drop_part(self, index: int) -> None:
+        """Removes a part, so that it is written again; derived parts notice by its digest."""
+        import shutil
+
+        self._parts.pop(index, None)
+        with disk_errors(self.path):
+            doomed = self.path / "parts" / f".drop-{part_name(index)}"
+            shutil.rmtree(doomed, ignore_errors=True)
+            (self.path / "parts" / part_name(index)).rename(doomed)
+            shutil.rmtree(doomed)
+
+    def indices(self, split: Split | None = None) -> list[int]:
+        """Samples that are written and did not fail, of one split or of all."""
+        return [
+            self.manifest.part_samples(number)[position]
+            for number in self.committed_parts()
+            for position, found in enumerate(self.part(number).splits.tolist())
+            if (split is None or found == int(split)) and position not in self.part(number).failed
+        ]
+
+    @cached_property
+    def index_of(self) -> dict[str, int]:
+        """Sample id to index, for the parts that were written when this was first asked."""
+        return {
+            sample_id: self.manifest.part_samples(number)[position]
+            for number in self.committed_parts()
+            for position, sample_id in enumerate(self.part(number).ids)
+        }
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Ids of failed samples, with the reason."""
+        parts = (self.part(number) for number in self.committed_parts())
+        return {part.ids[position]: reason for part in parts for position, reason in part.failed.items()}
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens written so far."""
+        return sum(int(self.part(number).lengths.sum()) for number in self.committed_parts())
+
+    def statistics(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Per layer, over all tokens with a target: `keys_mean`, `keys_std`, `values_mean`, `values_std`, each `[l]`.
+
+        Read from the parts' attributes; no tensor is touched.
+        """
+        parts = [self.part(number).statistics for number in self.committed_parts()]
+        count = sum(p["tokens"] for p in parts) * self.geometry.width
+        out: dict[str, np.ndarray[Any, Any]] = {}
+        for name in ("keys", "values"):
+            total = np.sum([p[name]["sum"] for p in parts], axis=0) if parts else np.zeros(self.geometry.num_layers)
+            squares = np.sum([p[name]["sum_of_squares"] for p in parts], axis=0) if parts else total
+            mean = total / max(count, 1)
+            out[f"{name}_mean"] = mean
+            out[f"{name}_std"] = np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 0))
+        return out
+
+    def verify(self) -> list[Damage]:
+        """Checks every byte of every written part; an empty list means that all is as it was written."""
+        from .verify import verify_store
+
+        return verify_store(self)
+
+    def size_on_disk(self) -> int:
+        """Bytes of all files."""
+        return sum(p.stat().st_size for p in self.path.rglob("*") if p.is_file())
+
+    def _dask(self, name: str) -> da.Array:
+        """One block per run of samples of about 64 MiB; bfloat16 is handed out as float32, which is exact."""
+        import dask
+        import dask.array as da
+
+        dtype = np.dtype(np.float32 if self.manifest.dtype == "bfloat16" else self.dtype.numpy)
+        shape = self.geometry.shape
+        row_bytes = self.geometry.bytes_per_token(dtype.itemsize) // 2
+        load = dask.delayed(_read_block, pure=True)
+        blocks = []
+        for number in self.committed_parts():
+            part = self.part(number)
+            for run in _runs(part.lengths.tolist(), max(1, _BLOCK_BYTES // row_bytes)):
+                tokens = int(part.lengths[run.start : run.stop].sum())
+                block = load(str(self.path), number, run.start, run.stop, name, part.digest)
+                blocks.append(da.from_delayed(block, (tokens, *shape), dtype))
+        if not blocks:
+            return da.zeros((0, *shape), dtype=dtype)
+        return da.concatenate(blocks)
+
+
+def _runs(lengths: list[int], limit: int) -> Iterator[range]:
+    """Consecutive samples whose tokens together stay at or under `limit`, at least one sample a run."""
+    first = total = 0
+    for position, length in enumerate(lengths):
+        if total and total + length > limit:
+            yield range(first, position)
+            first, total = position, 0
+        total += length
+    if total:
+        yield range(first, len(lengths))
+
+
+def _read_block(path: str, number: int, first: int, stop: int, name: str, digest: str) -> np.ndarray[Any, Any]:
+    store = KVStore.open(path)
+    part = store.part(number)
+    if part.digest != digest:
+        raise StoreError(f"{path}: part {number} was rewritten since this dask array was made; make it again")
+    arrays = [part.read(name, position) for position in range(first, stop) if part.lengths[position]]
+    joined = np.concatenate(arrays)
+    return store.dtype.to_float32(joined) if store.manifest.dtype == "bfloat16" else joined

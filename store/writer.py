@@ -1,0 +1,122 @@
+"""Encoding and writing on a thread of its own, so that the next forward pass does not wait for the disk."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from .part import PartWriter
+from .sample import KVSample, Split
+
+if TYPE_CHECKING:
+    from .store import KVStore
+
+QUEUE_BYTES: Final = 512 << 20
+"""Raw bytes that may wait to be written before `append` blocks."""
+
+
+@dataclass
+class BackgroundWriter:
+    """Writes parts in the order in which they are begun; an error of the thread is raised by the next call.
+
+    Use as a context manager: leaving it waits for the thread, and an exception drops the part in hand.
+    """
+
+    store: KVStore
+    on_commit: Callable[[int], None] = lambda part: None
+    """Called on the writing thread with the number of each committed part."""
+    queue_bytes: int = QUEUE_BYTES
+    _jobs: deque[tuple[Callable[[], None], int]] = field(default_factory=deque)
+    _pending: int = 0
+    _closing: bool = False
+    _error: BaseException | None = None
+    _part: PartWriter | None = None
+
+    def __enter__(self) -> BackgroundWriter:
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="kava-writer", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        with self._changed:
+            self._closing = True
+            if exc_type is not None:
+                self._jobs.clear()
+            self._changed.notify_all()
+        self._thread.join()
+        if self._part is not None:
+            self._part.abort()
+        if exc_type is None:
+            self._raise()
+
+    def begin(self, part: int) -> None:
+        """Starts a part."""
+
+        def job() -> None:
+            self._part = self.store.write_part(part)
+
+        self._put(job)
+
+    def append(self, position: int, sample: KVSample) -> None:
+        """Queues a sample of the current part; blocks while too much is waiting."""
+        size = sum(t.numel() * t.element_size() for t in (sample.keys, sample.values) if t is not None)
+        self._put(lambda: self._current.append(position, sample), size)
+
+    def fail(self, position: int, sample_id: str, split: Split, reason: str) -> None:
+        """Queues the record of a failed sample."""
+        self._put(lambda: self._current.fail(position, sample_id, split, reason))
+
+    def commit(self) -> None:
+        """Queues the commit of the current part."""
+
+        def job() -> None:
+            part = self._current
+            part.commit()
+            self._part = None
+            self.on_commit(part.index)
+
+        self._put(job)
+
+    @property
+    def _current(self) -> PartWriter:
+        assert self._part is not None, "begin() was not called"
+        return self._part
+
+    def _put(self, job: Callable[[], None], size: int = 0) -> None:
+        with self._changed:
+            # A sample larger than the whole queue passes when nothing else is waiting.
+            while self._error is None and self._pending and self._pending + size > self.queue_bytes:
+                self._changed.wait()
+            self._raise()
+            self._jobs.append((job, size))
+            self._pending += size
+            self._changed.notify_all()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._jobs and not self._closing:
+                    self._changed.wait()
+                if not self._jobs:
+                    return
+                job, size = self._jobs.popleft()
+            try:
+                job()
+            except BaseException as error:  # Handed to the caller's thread by _raise.
+                with self._changed:
+                    self._error = error
+                    self._jobs.clear()
+                    self._changed.notify_all()
+                return
+            del job
+            with self._changed:
+                self._pending -= size
+                self._changed.notify_all()
