@@ -1,0 +1,23 @@
+"""From a corpus and a teacher to a store of keys and values.
+
+`corpus` reads records and names their segments, `tokens` turns a record into token ids with UTF-8 byte spans, `hf` runs a
+teacher, `capture` is the loop from one to the other. This room knows nothing of students or recipes.
+"""
+
+from .capture import CaptureSettings, capture_store, plan_batches
+from .corpus import Corpus, CorpusSettings, Record, load_corpus
+from .teacher import Teacher
+from .tokens import Encoder, Tokens
+
+__all__ = [
+    "CaptureSettings",
+    "Corpus",
+    "CorpusSettings",
+    "Encoder",
+    "Record",
+    "Teacher",
+    "Tokens",
+    "capture_store",
+    "load_corpus",
+    "plan_batches",
+]

@@ -1,0 +1,236 @@
+"""Finding and loading Hugging Face models and tokenizers: by hub id, folder, GGUF file, or inside a Python package.
+
+Every failure to find or read one becomes a `ModelNotFoundError` of one line.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from .errors import ModelNotFoundError
+from .store import KVGeometry, ModelIdentity, digest_file, digest_json
+from .tap import attention_layout, probe_geometry
+
+_WEIGHTS: Final = ("*.safetensors", "*.gguf", "*.bin")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model or tokenizer as the recipe names it, and where that is."""
+
+    name: str
+    """As the recipe says."""
+    location: str
+    """A hub id or a local folder."""
+    gguf_file: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def is_local(self) -> bool:
+        """A folder on this machine, not a hub id."""
+        return Path(self.location).is_dir()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments for `from_pretrained`."""
+        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.revision:
+            options["revision"] = self.revision
+        if self.gguf_file:
+            options["gguf_file"] = self.gguf_file
+        if not self.is_local and not _hub_reachable():
+            options["local_files_only"] = True
+        return options
+
+
+def find_model(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
+    """Resolves `name`: a hub id, a folder, a `.gguf` file, or `package:PACKAGE/FILE` (a model inside a wheel).
+
+    Raises:
+        ModelNotFoundError: if a local name does not exist.
+    """
+    location = name
+    if name.startswith("package:"):
+        package, _, inner = name.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ModelNotFoundError(f"model {name!r}: the Python package {package!r} is not installed here")
+        location = str(Path(spec.submodule_search_locations[0]) / inner)
+    path = Path(location)
+    looks_local = location.startswith((".", "/", "~")) or location.count("/") > 1 or location.endswith(".gguf")
+    if path.expanduser().exists():
+        path = path.expanduser()
+    elif looks_local or name != location:
+        raise ModelNotFoundError(f"model {name!r}: there is no such file or folder; give a hub id or an existing path")
+    else:
+        return ModelSource(name, location, revision=revision, trust_remote_code=trust_remote_code)
+    folder, gguf = (str(path.parent), path.name) if path.is_file() else (str(path), None)
+    return ModelSource(name, folder, gguf, revision, trust_remote_code)
+
+
+@cache
+def load_config(source: ModelSource) -> Any:
+    """The model's config.
+
+    Raises:
+        ModelNotFoundError: if it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    with _loading(source):
+        return AutoConfig.from_pretrained(source.location, **source.options)
+
+
+@cache
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's fast tokenizer.
+
+    Raises:
+        ModelNotFoundError: if it cannot be loaded, or has no fast form (byte spans need one).
+    """
+    from transformers import AutoTokenizer
+
+    with _loading(source):
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **source.options)
+    if not tokenizer.is_fast:
+        raise ModelNotFoundError(f"model {source.name!r} has no fast tokenizer; kava needs one for byte spans")
+    return tokenizer
+
+
+def load_model(source: ModelSource, *, dtype: str, device: str = "auto") -> Any:
+    """The causal language model, in evaluation mode.
+
+    Args:
+        source: where it is.
+        dtype: torch dtype of the weights, or `auto` for that of the checkpoint.
+        device: `auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`, ...
+
+    Raises:
+        ModelNotFoundError: if it cannot be loaded.
+        UnsupportedModelError: if its architecture is not known.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    layout = attention_layout(load_config(source))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = dict(source.options)
+    if layout.attn_implementation:
+        options["attn_implementation"] = layout.attn_implementation
+    with _loading(source):
+        model = AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, **options)
+    return _densified(model).to(device).eval()
+
+
+@cache
+def model_geometry(source: ModelSource) -> KVGeometry:
+    """The KV geometry of a model, from its config alone: counted on a forward pass without weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(source)
+    attention_layout(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_unquantized(config))
+    return probe_geometry(model)
+
+
+def model_identity(source: ModelSource, *, compute_dtype: str) -> ModelIdentity:
+    """What determines a model's numbers: the commit of a hub model, or the digest of local weights."""
+    config = load_config(source)
+    revision, digest = None, None
+    if source.is_local:
+        digest = weights_digest(Path(source.location), source.gguf_file)
+    else:
+        revision = _commit(source)
+    return ModelIdentity(
+        id=Path(source.name).name if source.is_local else source.name,
+        revision=revision,
+        weights_digest=digest,
+        compute_dtype=compute_dtype,
+        rope=json.loads(json.dumps(getattr(config, "rope_parameters", None) or {})),
+    )
+
+
+def weights_digest(folder: Path, gguf_file: str | None = None) -> str:
+    """Digest of the weights and the config in a folder, or of one GGUF file."""
+    if gguf_file:
+        return digest_file(folder / gguf_file)
+    files = sorted({p for pattern in (*_WEIGHTS, "config.json") for p in folder.glob(pattern)})
+    return digest_json([[p.name, digest_file(p)] for p in files])
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of everything that maps text to ids: vocabulary, merges, normaliser, post-processor."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    return digest_json({k: v for k, v in state.items() if k not in ("truncation", "padding")})
+
+
+def chat_template_digest(tokenizer: Any) -> str:
+    """Digest of the tokenizer's chat template."""
+    return digest_json(tokenizer.chat_template)
+
+
+def _densified(model: Any) -> Any:
+    """A GGUF model is dense after loading; its quantiser marks would only keep it from being saved."""
+    for owner in (model, model.config):
+        for mark in ("quantization_config", "quantization_method"):
+            if hasattr(owner, mark):
+                delattr(owner, mark)
+    model.hf_quantizer = None
+    return model
+
+
+@cache
+def _hub_reachable() -> bool:
+    """Whether the hub's name resolves: without this, every lookup on an offline node retries for half a minute."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
+
+
+def _unquantized(config: Any) -> Any:
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def _commit(source: ModelSource) -> str | None:
+    from transformers.utils import cached_file
+
+    offline = not _hub_reachable()
+    with _loading(source):
+        path = cached_file(source.location, "config.json", revision=source.revision, local_files_only=offline)
+    parent = Path(path or "").parent
+    return parent.name if parent.parent.name == "snapshots" else source.revision
+
+
+@contextmanager
+def _loading(source: ModelSource) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if "local_files_only" in source.options:
+            raise ModelNotFoundError(
+                f"model {source.name!r}: the model hub cannot be reached and the model is not in the local cache "
+                "(HF_HOME); fetch it on a node with network, or name a local folder"
+            ) from error
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ModelNotFoundError(f"model {source.name!r} cannot be loaded: {reason}") from error

@@ -1,0 +1,158 @@
+"""Where a Hugging Face model keeps its keys before rotary embedding, and its values; and a tap on them.
+
+Teacher capture and student training read the same tensors through this one tap. An architecture is one row of
+`ATTENTION_LAYOUTS`; a model whose row is missing is refused, because a guess would be silently wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final
+
+from .errors import AlignmentError, UnsupportedModelError
+from .store import KVGeometry
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.utils.hooks import RemovableHandle
+
+
+@dataclass(frozen=True)
+class AttentionLayout:
+    """Where one attention module computes its pre-RoPE keys and its values."""
+
+    keys: str = "k_proj"
+    """The submodule whose output is the last thing that happens to keys before rotary embedding."""
+    values: str = "v_proj"
+    fused: bool = False
+    """`keys` and `values` name one projection whose output is `[queries | keys | values]`."""
+    heads_first: bool = False
+    """The output of `keys` is `[b, h, t, d]` instead of `[b, t, h, d]` or `[b, t, h * d]`."""
+    attn_implementation: str | None = None
+    """The only attention that computes this architecture exactly, where the default does not."""
+
+
+ATTENTION_LAYOUTS: Final[dict[str, AttentionLayout]] = {
+    "llama": AttentionLayout(),
+    "mistral": AttentionLayout(),
+    "qwen2": AttentionLayout(),
+    "qwen3": AttentionLayout(keys="k_norm"),
+    "gemma": AttentionLayout(),
+    "gemma2": AttentionLayout(attn_implementation="eager"),  # SDPA leaves out the soft-capping of attention scores.
+    "gemma3_text": AttentionLayout(keys="k_norm", heads_first=True),
+    "phi3": AttentionLayout(keys="qkv_proj", values="qkv_proj", fused=True),
+}
+"""By `config.model_type`."""
+
+
+def attention_layout(config: Any) -> AttentionLayout:
+    """The layout of a model with this config.
+
+    Raises:
+        UnsupportedModelError: if it is not known.
+    """
+    if config.model_type not in ATTENTION_LAYOUTS:
+        raise UnsupportedModelError(
+            f"architecture {config.model_type!r} is not supported: it is not known where it keeps its keys before rotary "
+            f"embedding. Supported: {', '.join(ATTENTION_LAYOUTS)}. To add one, see docs/architecture.md"
+        )
+    return ATTENTION_LAYOUTS[config.model_type]
+
+
+class KVTap:
+    """Collects pre-RoPE keys and values of every forward pass while it is open, with their gradient.
+
+    A context manager; its hooks are always removed. After a forward pass `keys[l]` and `values[l]` are
+    `[b, t, h, d]` tensors of the model's dtype, one per layer. A further pass replaces them.
+    """
+
+    def __init__(self, model: nn.Module, *, layers: Sequence[int] | None = None) -> None:
+        self.layout = attention_layout(model.config)
+        self._attentions = [layer.self_attn for layer in decoder(model).layers]
+        self._wanted = range(len(self._attentions)) if layers is None else layers
+        self._handles: list[RemovableHandle] = []
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+
+    def __enter__(self) -> KVTap:
+        for index in self._wanted:
+            attention = self._attentions[index]
+            for name in {self.layout.keys, self.layout.values}:
+                module = attention.get_submodule(name)
+                self._handles.append(module.register_forward_hook(self._hook(index, name, attention)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def stack(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all tapped layers, each `[b, t, l, h, d]`."""
+        import torch
+
+        return (
+            torch.stack([self.keys[index] for index in self._wanted], dim=2),
+            torch.stack([self.values[index] for index in self._wanted], dim=2),
+        )
+
+    def _hook(self, index: int, name: str, attention: Any) -> Any:
+        layout, head_dim = self.layout, int(attention.head_dim)
+
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            if layout.fused:
+                width = attention.num_key_value_heads * head_dim
+                self.keys[index] = output[..., -2 * width : -width].unflatten(-1, (-1, head_dim))
+                self.values[index] = output[..., -width:].unflatten(-1, (-1, head_dim))
+                return
+            if name == layout.keys:
+                heads = output if output.dim() == 4 else output.unflatten(-1, (-1, head_dim))
+                self.keys[index] = heads.transpose(1, 2) if layout.heads_first else heads
+            if name == layout.values:
+                self.values[index] = output.unflatten(-1, (-1, head_dim))
+
+        return hook
+
+
+def decoder(model: Any) -> Any:
+    """The stack of decoder layers below the language-model head."""
+    base = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    if not hasattr(base, "layers"):
+        raise UnsupportedModelError(f"{type(model).__name__} has no decoder layers where kava looks for them")
+    return base
+
+
+def probe_geometry(model: Any) -> KVGeometry:
+    """Counts layers, KV heads and head width on the tensors of a one-token forward pass.
+
+    The model's own cache is the authority; the tap and the config are checked against it. Works on a model on the
+    `meta` device too, that is without weights.
+
+    Raises:
+        AlignmentError: if the three disagree.
+        UnsupportedModelError: if layers differ in shape or share their keys.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    ids = torch.zeros((1, 1), dtype=torch.int64, device=device)
+    with torch.no_grad(), KVTap(model) as tap:
+        cache = decoder(model)(input_ids=ids, use_cache=True).past_key_values
+    shapes = {(layer.keys.shape[1], layer.keys.shape[3]) for layer in cache.layers}
+    if len(shapes) != 1 or len(cache.layers) != len(tap.keys):
+        raise UnsupportedModelError(f"{type(model).__name__}: layers of unequal KV shape {sorted(shapes)} or shared KV")
+    (heads, head_dim) = shapes.pop()
+    geometry = KVGeometry(num_layers=len(cache.layers), num_key_value_heads=heads, head_dim=head_dim)
+    tapped = {tuple(t.shape[2:]) for t in [*tap.keys.values(), *tap.values.values()]}
+    if tapped != {(heads, head_dim)}:
+        raise AlignmentError(f"{type(model).__name__}: the tap sees {sorted(tapped)}, the cache {(heads, head_dim)}")
+    stated = (getattr(model.config, "num_key_value_heads", None), getattr(model.config, "head_dim", None))
+    for name, said, counted in zip(("num_key_value_heads", "head_dim"), stated, (heads, head_dim), strict=True):
+        if said is not None and said != counted:
+            raise AlignmentError(f"{type(model).__name__}: config.{name} is {said}, its cache has {counted}")
+    return geometry
