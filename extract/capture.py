@@ -54,7 +54,7 @@ def capture_store(
     settings: CaptureSettings,
     *,
     parts: Sequence[int] | None = None,
-    on_tokens: Callable[[int], None] = lambda tokens: None,
+    on_text: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Captures every part of `store` that is not written yet.
 
@@ -65,7 +65,7 @@ def capture_store(
         teacher: what computes keys and values.
         settings: batching and what to do with samples that are too long.
         parts: only these parts.
-        on_tokens: called with the number of tokens of each finished batch.
+        on_text: called with the bytes of text of each finished batch.
 
     Raises:
         CorpusError: for a sample longer than the teacher's context, if `settings.too_long` is `error`.
@@ -94,7 +94,7 @@ def capture_store(
                 for position, (keys, values) in zip(chosen, captured, strict=True):
                     record = corpus.records[indices[position]]
                     writer.append(position, _sample(record.sample_id, record.split, tokens[position], keys, values))
-                on_tokens(sum(len(tokens[p]) for p in chosen))
+                on_text(sum(len(corpus.records[indices[p]].text.encode()) for p in chosen))
             writer.commit()
 
 

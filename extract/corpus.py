@@ -45,7 +45,7 @@ class HeldoutSettings(BaseModel):
     """Share of the samples, or of the groups where `group` is given."""
     group: str | None = None
     """A field of the records; samples of one group are never split."""
-    values: list[str] | None = None
+    values: tuple[str, ...] | None = None
     """Values of the group field that are held out."""
     path: str | None = None
     """A file of held-out records, beside the corpus."""

@@ -7,7 +7,7 @@ See `docs/store-format.md`.
 
 from .codec import CODECS, Codec
 from .dtypes import DTYPES, DType
-from .fingerprint import digest_file, digest_json
+from .fingerprint import cache_folder, digest_file, digest_json
 from .geometry import KVGeometry
 from .manifest import FORMAT_VERSION, Manifest, ModelIdentity
 from .part import PartReader, PartWriter
@@ -36,6 +36,7 @@ __all__ = [
     "PartWriter",
     "Segment",
     "Split",
+    "cache_folder",
     "collate",
     "digest_file",
     "digest_json",

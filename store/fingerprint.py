@@ -25,8 +25,7 @@ def digest_file(path: Path) -> str:
     if stat.st_size < 1 << 20:
         return _sha256(path)
     key = digest_json([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino])
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    note = base / "kava" / "digests" / key
+    note = cache_folder() / "digests" / key
     if note.is_file() and len(known := note.read_text()) == 32:
         return known
     found = _sha256(path)
@@ -38,6 +37,11 @@ def digest_file(path: Path) -> str:
     except OSError:  # A home that cannot be written only costs time.
         pass
     return found
+
+
+def cache_folder() -> Path:
+    """What can be made again at some cost: `$XDG_CACHE_HOME/kava`, by default `~/.cache/kava`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kava"
 
 
 def _sha256(path: Path) -> str:

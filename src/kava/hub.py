@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from .errors import ModelNotFoundError
-from .store import KVGeometry, ModelIdentity, digest_file, digest_json
+from .store import KVGeometry, ModelIdentity, cache_folder, digest_file, digest_json
 from .tap import attention_layout, probe_geometry
 
 _WEIGHTS: Final = ("*.safetensors", "*.gguf", "*.bin")
@@ -89,6 +90,8 @@ def load_config(source: ModelSource) -> Any:
     from transformers import AutoConfig
 
     with _loading(source):
+        if source.gguf_file:
+            return AutoConfig.from_pretrained(_gguf_sidecar(source))
         return AutoConfig.from_pretrained(source.location, **source.options)
 
 
@@ -102,7 +105,10 @@ def load_tokenizer(source: ModelSource) -> Any:
     from transformers import AutoTokenizer
 
     with _loading(source):
-        tokenizer = AutoTokenizer.from_pretrained(source.location, **source.options)
+        if source.gguf_file:
+            tokenizer = AutoTokenizer.from_pretrained(_gguf_sidecar(source))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(source.location, **source.options)
     if not tokenizer.is_fast:
         raise ModelNotFoundError(f"model {source.name!r} has no fast tokenizer; kava needs one for byte spans")
     return tokenizer
@@ -181,6 +187,25 @@ def tokenizer_digest(tokenizer: Any) -> str:
 def chat_template_digest(tokenizer: Any) -> str:
     """Digest of the tokenizer's chat template."""
     return digest_json(tokenizer.chat_template)
+
+
+def _gguf_sidecar(source: ModelSource) -> Path:
+    """Config and tokenizer of a GGUF file as ordinary files, made once: reading them from GGUF takes ten seconds."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    assert source.gguf_file is not None
+    folder = cache_folder() / "gguf" / digest_file(Path(source.location) / source.gguf_file)
+    if not folder.is_dir():
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+        temporary.mkdir(parents=True, exist_ok=True)
+        config = _unquantized(AutoConfig.from_pretrained(source.location, **source.options))
+        config.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(source.location, **source.options).save_pretrained(temporary)
+        try:
+            temporary.rename(folder)
+        except OSError:  # Another process was first.
+            shutil.rmtree(temporary)
+    return folder
 
 
 def _densified(model: Any) -> Any:

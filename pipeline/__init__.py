@@ -1,0 +1,12 @@
+"""The recipe, the offline transforms, the stages and the command line.
+
+`recipe` is the one YAML file; `run` knows where everything of a recipe lies and what it should hold; `stages` says what is
+done, stale or missing, and does it; `resample`, `layers`, `heads` and `project` are the maths; `transform` applies it part
+by part under dask.
+"""
+
+from .project import Projector, fit_projector
+from .recipe import Recipe, load_recipe
+from .resample import RESAMPLERS, TimeMap
+
+__all__ = ["RESAMPLERS", "Projector", "Recipe", "TimeMap", "fit_projector", "load_recipe"]

@@ -1,0 +1,323 @@
+"""The `kava` command. Each verb is a few lines over `stages`; what costs time to import is imported where it is used.
+
+Exit codes: 0 done, 1 a fault (damage, or a bug), 2 the user's input, 75 try the same command again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..errors import EXIT_FAULT, EXIT_RETRY, KavaError, RecipeError
+
+app = typer.Typer(
+    name="kava",
+    help="Distil the KV cache of large teacher LLMs into a small student, offline.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key of the recipe: -s train.alpha=0.5. Repeatable."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Throw the output away and make it again.")]
+Scheduler = Annotated[
+    str | None, typer.Option(help="Address of a dask scheduler (tcp://host:8786); threads of this machine if not given.")
+]
+OnlyTeacher = Annotated[str | None, typer.Option("--teacher", help="Only this teacher of the recipe.")]
+STAGES = ("student", "extract", "reference", "resample", "project", "train")
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="The recipe to write.")] = Path("recipe.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+) -> None:
+    """Write a first recipe, with every section explained."""
+    from importlib.resources import files
+
+    from ..store.files import write_atomic
+
+    if path.exists() and not force:
+        raise RecipeError(f"{path} is there already; give another name, or --force to overwrite it")
+    write_atomic(path, files("kava.pipeline").joinpath("starter.yaml").read_bytes())
+    out.print(f"Wrote {path}. Next: edit it, then  kava run {path} --dry-run")
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    first: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Begin at this stage.")] = None,
+    until: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", metavar="STAGE", help="Only this stage. Repeatable.")] = None,
+    force: Annotated[
+        list[str] | None, typer.Option("--force", metavar="STAGE", help="Make this stage again. Repeatable.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    scheduler: Scheduler = None,
+) -> None:
+    """Run every stage that is missing or out of date: student, extract, reference, resample, project, train."""
+    loaded = _load(recipe, overrides)
+    chosen = _choose(first, until, only)
+    for name in force or []:
+        _check_stage(name, "--force")
+        if name not in chosen:
+            raise RecipeError(f"--force {name}: that stage is not among those to run ({', '.join(chosen)})")
+    if dry_run:
+        from .plan import print_plan
+
+        print_plan(loaded, chosen, out)
+        return
+    loaded.recipe.save(loaded.root / "recipe.yaml")
+    _run(loaded, chosen, frozenset(force or []), scheduler)
+
+
+@app.command()
+def extract(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    teacher: OnlyTeacher = None,
+    force: Force = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Capture parts with failed samples again.")] = False,
+) -> None:
+    """Capture the teachers' keys and values into stores."""
+    loaded = _load(recipe, overrides)
+    if retry_failed:
+        _drop_failed(loaded, teacher)
+    _run(loaded, ["extract"], frozenset({"extract"} if force else ()), None, teacher)
+
+
+@app.command()
+def resample(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    teacher: OnlyTeacher = None,
+    force: Force = False,
+    scheduler: Scheduler = None,
+) -> None:
+    """Write the teachers' captures on the student's tokens, still in the teachers' geometry."""
+    loaded = _load(recipe, [*(overrides or []), "resample.materialize=true"])
+    _run(loaded, ["student", "resample"], frozenset({"resample"} if force else ()), scheduler, teacher)
+
+
+@app.command()
+def project(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    teacher: OnlyTeacher = None,
+    force: Force = False,
+    scheduler: Scheduler = None,
+) -> None:
+    """Make the student's targets: resample time and project layers, heads and width."""
+    loaded = _load(recipe, overrides)
+    stages = ["student", "reference", *(["resample"] if loaded.recipe.resample.materialize else []), "project"]
+    _run(loaded, stages, frozenset({"project"} if force else ()), scheduler, teacher)
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = None, force: Force = False) -> None:
+    """Train the student on cached targets; no teacher is loaded."""
+    _run(_load(recipe, overrides), ["train"], frozenset({"train"} if force else ()), None)
+
+
+@app.command()
+def status(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show what is complete, partial, missing or stale, and how the trained students did."""
+    from .stages import result_line, stages_of, trained_students
+
+    loaded = _load(recipe, overrides)
+    rows = []
+    for stage in stages_of(loaded):
+        found = stage.status()
+        rows.append({"stage": stage.label, "state": found.state, "detail": found.detail, "output": str(stage.output)})
+    students = trained_students(loaded)
+    if as_json:
+        out.print_json(json.dumps({"stages": rows, "students": students}))
+        return
+    colours = {"complete": "green", "partial": "yellow", "stale": "yellow", "missing": "dim", "blocked": "dim"}
+    table = Table("stage", "state", "detail", "output", box=None, pad_edge=False)
+    for row in rows:
+        colour = colours[row["state"]]
+        table.add_row(row["stage"], f"[{colour}]{row['state']}[/]", escape(row["detail"]), escape(row["output"]))
+    _print_table(table)
+    if students:
+        out.print()
+        table = Table("student", "alpha", "result", "folder", box=None, pad_edge=False)
+        for record in students:
+            table.add_row(record["name"], f"{record['alpha']:g}", result_line(record), escape(record["path"]))
+        _print_table(table)
+
+
+@app.command()
+def inspect(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A store.", show_default=False)],
+    sample: Annotated[str | None, typer.Option(help="Show this sample's tokens: its number or its id.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer to show the tokens with: a folder or a hub id.")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="Recipe whose corpus holds the text of the spans.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show a store to a person: manifest, sizes, per-layer statistics, one sample's tokens and spans."""
+    from .inspect import inspect_store
+
+    inspect_store(store, out, sample=sample, tokenizer=tokenizer, recipe=corpus, as_json=as_json)
+
+
+@app.command()
+def verify(
+    stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Stores to check.", show_default=False)],
+) -> None:
+    """Check every byte of every part against its checksums."""
+    from ..progress import progress
+    from ..store import KVStore, verify_store
+
+    damaged = False
+    for path in stores:
+        store = KVStore.open(path)
+        parts = store.committed_parts()
+        with progress("verify", len(parts), "parts") as advance:
+            found = verify_store(store, on_part=lambda part, advance=advance: advance(1))  # type: ignore[misc]
+        for damage in found:
+            err.print(f"{path}: {damage}", style="red", markup=False)
+        missing = len(store.missing_parts())
+        note = f", {missing} not written yet" if missing else ""
+        if found:
+            damaged = True
+            err.print(f"{path}: {len(found)} damages in {len({d.part for d in found})} of {len(parts)} parts{note}", markup=False)
+        else:
+            out.print(f"{path}: {len(parts)} parts are as they were written{note}", markup=False)
+    if damaged:
+        raise typer.Exit(EXIT_FAULT)
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tracebacks, and what libraries log.")] = False,
+) -> None:
+    """Distil the KV cache of large teacher LLMs into a small student, offline."""
+    from .. import __version__
+
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+    if verbose:
+        os.environ["KAVA_VERBOSE"] = "1"
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    else:
+        _quiet_libraries()
+
+
+def main() -> None:
+    """The console script: runs the command and turns errors into one line and an exit code."""
+    try:
+        app()
+    except KavaError as error:
+        _fail(str(error), error.exit_code, error)
+    except KeyboardInterrupt as error:
+        _fail("interrupted; finished parts are kept, the same command goes on", EXIT_RETRY, error)
+    except OSError as error:
+        from ..store.files import disk_errors
+
+        try:
+            with disk_errors(Path(error.filename or ".")):
+                raise
+        except KavaError as told:
+            _fail(str(told), told.exit_code, error)
+
+
+def _fail(message: str, code: int, error: BaseException) -> None:
+    if os.environ.get("KAVA_VERBOSE"):
+        import traceback
+
+        traceback.print_exception(error)
+    err.print(f"kava: {message}", style="red", markup=False)
+    sys.exit(code)
+
+
+def _load(path: Path, overrides: list[str] | None) -> Any:
+    from .recipe import load_recipe
+    from .run import Run
+
+    return Run(load_recipe(path, overrides or ()))
+
+
+def _run(loaded: Any, names: list[str], force: frozenset[str], scheduler: str | None, teacher: str | None = None) -> None:
+    from .stages import run_stages, stages_of
+
+    if teacher is not None:
+        loaded.teacher(teacher)
+    stages = [s for s in stages_of(loaded) if s.name in names and (teacher is None or s.teacher in (None, teacher))]
+
+    def say(label: str, line: str) -> None:
+        out.print(f"{label + ':':<18} {line}", markup=False)
+
+    run_stages(stages, force=force, scheduler=scheduler, say=say)
+
+
+def _choose(first: str | None, until: str | None, only: list[str] | None) -> list[str]:
+    if only and (first or until):
+        raise RecipeError("--only goes without --from and --until")
+    for name, flag in ((first, "--from"), (until, "--until"), *((o, "--only") for o in only or [])):
+        if name is not None:
+            _check_stage(name, flag)
+    if only:
+        return [name for name in STAGES if name in only]
+    start, stop = STAGES.index(first or STAGES[0]), STAGES.index(until or STAGES[-1])
+    if start > stop:
+        raise RecipeError(f"--from {first} comes after --until {until}; the order is {', '.join(STAGES)}")
+    return list(STAGES[start : stop + 1])
+
+
+def _check_stage(name: str, flag: str) -> None:
+    if name not in STAGES:
+        import difflib
+
+        near = difflib.get_close_matches(name, STAGES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the stages are {', '.join(STAGES)}"
+        raise RecipeError(f"{flag} {name}: there is no such stage; {hint}")
+
+
+def _drop_failed(loaded: Any, teacher: str | None) -> None:
+    from ..store import KVStore
+
+    for name in [teacher] if teacher else loaded.recipe.teachers:
+        store = KVStore.open(loaded.teacher_path(name))
+        for part in store.committed_parts():
+            if store.part(part).failed:
+                store.drop_part(part)
+
+
+def _print_table(table: Table) -> None:
+    # A table is cut to the terminal's width; in a file or a pipe nothing is.
+    console = out if out.is_terminal else Console(width=400, highlight=False)
+    console.print(table)
+
+
+def _quiet_libraries() -> None:
+    """Libraries talk of their own matters on stderr; a user who wants that says `--verbose`."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")

@@ -1,0 +1,210 @@
+"""The recipe: one YAML file that says everything of a run, checked to the last key.
+
+Each room owns the settings of its part; this file puts them together, applies `-s key=value` overrides, and turns what is
+wrong into one line that names the key and the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+
+from ..errors import RecipeError
+from ..extract import CaptureSettings, CorpusSettings
+from ..store import CODECS, KVGeometry
+from ..store.files import write_atomic
+from ..train.settings import StudentSettings, TrainSettings
+from .heads import HEAD_MAPS
+from .resample import RESAMPLERS
+
+DTypeName = Literal["bfloat16", "float16", "float32"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TeacherSettings(_Section):
+    """One teacher."""
+
+    model: str
+    """A hub id, a folder, a `.gguf` file, or `package:PACKAGE/FILE`."""
+    revision: str | None = None
+    dtype: DTypeName = "bfloat16"
+    """Of the weights and the forward pass."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
+    chat_template: bool = False
+    trust_remote_code: bool = False
+    geometry: KVGeometry | None = None
+    """What the model's KV geometry is expected to be: checked when it is loaded, used for planning where it is not."""
+
+
+class ExtractSettings(CaptureSettings):
+    """Capture of every teacher."""
+
+    backend: Literal["hf"] = "hf"
+    dtype: DTypeName = "bfloat16"
+    """Storage dtype of the teacher stores."""
+    codec: str = "blosc-zstd"
+
+    @field_validator("codec")
+    @classmethod
+    def _known_codec(cls, name: str) -> str:
+        return _known(name, CODECS)
+
+
+class ResampleSettings(_Section):
+    """Time: teacher tokens to student tokens."""
+
+    method: str = "last"
+    materialize: bool = False
+    """Write the resampled store too, in the teacher's geometry; otherwise resampling is fused into projection."""
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, name: str) -> str:
+        return _known(name, RESAMPLERS)
+
+
+class ProjectSettings(_Section):
+    """Layers, heads and width: teacher geometry to student geometry."""
+
+    layers: Literal["uniform"] | list[int | list[int]] = "uniform"
+    heads: str = "procrustes"
+    calibration_samples: PositiveInt = 256
+    """Training samples that a fitted map is fitted on."""
+    dtype: DTypeName = "bfloat16"
+    """Storage dtype of the targets."""
+    codec: str = "blosc-zstd"
+    seed: int = 0
+
+    @field_validator("heads")
+    @classmethod
+    def _known_heads(cls, name: str) -> str:
+        return _known(name, HEAD_MAPS)
+
+    @field_validator("codec")
+    @classmethod
+    def _known_codec(cls, name: str) -> str:
+        return _known(name, CODECS)
+
+
+class Recipe(_Section):
+    """A whole run."""
+
+    run_dir: str
+    """Where everything is written."""
+    corpus: CorpusSettings
+    samples_per_part: PositiveInt | None = None
+    """Samples in one part of every store; None for about 1 GiB at most."""
+    teachers: dict[str, TeacherSettings] = Field(min_length=1)
+    extract: ExtractSettings = ExtractSettings()
+    student: StudentSettings
+    resample: ResampleSettings = ResampleSettings()
+    project: ProjectSettings = ProjectSettings()
+    train: TrainSettings = TrainSettings()
+
+    @field_validator("teachers")
+    @classmethod
+    def _plain_names(cls, teachers: dict[str, TeacherSettings]) -> dict[str, TeacherSettings]:
+        for name in teachers:
+            if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
+                raise ValueError(f"teacher name {name!r} must be letters, digits, '.', '-' and '_': it names files")
+        return teachers
+
+    def save(self, path: Path) -> None:
+        """Writes the recipe with every default filled in."""
+        write_atomic(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True).encode())
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe and applies `key.sub=value` overrides; values are YAML.
+
+    Raises:
+        RecipeError: naming the file, the key, and the nearest valid key or what a value should be.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        hint = "; kava init writes a first recipe" if isinstance(error, FileNotFoundError) else ""
+        raise RecipeError(f"recipe {path}: {error.strerror}{hint}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"recipe {path}{place}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"recipe {path}: must be a mapping of sections, not {type(raw).__name__}")
+    for override in overrides:
+        _override(raw, override)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"recipe {path}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"-s {override!r}: write it as key.sub=value, for example -s train.alpha=0.5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"-s {override!r}: the value is not YAML") from None
+    *parents, last = key.strip().split(".")
+    node = raw
+    for depth, name in enumerate(parents):
+        if node.get(name) is None:
+            node[name] = {}
+        if not isinstance(node[name], dict):
+            raise RecipeError(f"-s {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+        node = node[name]
+    node[last] = value
+
+
+def _explain(error: Any) -> str:
+    place = [p for p in error["loc"] if not (isinstance(p, str) and ("[" in p or p in _TAGS))]
+    key = ".".join(str(p) for p in place)
+    if error["type"] == "extra_forbidden":
+        valid = _keys_at(Recipe, list(place[:-1]))
+        near = difflib.get_close_matches(str(place[-1]), valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(valid)}"
+        return f"unknown key {key!r}; {hint}"
+    if error["type"] == "missing":
+        return f"{key!r} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    given = "" if error["type"] in ("value_error", "missing") else f" (got {error['input']!r})"
+    return f"{key}: {message}{given}"
+
+
+_TAGS = ("str", "int", "ByteLevelBPE", "list[union[int,list[int]]]")
+
+
+def _keys_at(model: type[BaseModel], path: list[Any]) -> list[str]:
+    """The valid keys of the section that `path` leads to."""
+    if not path:
+        return list(model.model_fields)
+    field = model.model_fields.get(str(path[0]))
+    if field is None:
+        return []
+    annotation, rest = field.annotation, path[1:]
+    if get_origin(annotation) is dict:
+        annotation, rest = get_args(annotation)[1], rest[1:]
+    options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    found = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+    return _keys_at(found[0], rest) if found else []
+
+
+def _known(name: str, registry: Any) -> str:
+    if name in registry:
+        return name
+    near = difflib.get_close_matches(name, list(registry), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(registry)}"
+    raise ValueError(f"{name!r} is unknown; {hint}")

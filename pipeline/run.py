@@ -1,0 +1,298 @@
+"""A recipe at a place: where each output lies, and the manifest that each store must have.
+
+Everything here is worked out from the recipe and its inputs, nothing is remembered: two processes, or two nodes, come to
+the same manifests.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+from ..errors import AlignmentError, StageError
+from ..extract import Corpus, Encoder, load_corpus
+from ..hub import (
+    ModelSource,
+    chat_template_digest,
+    find_model,
+    load_tokenizer,
+    model_geometry,
+    model_identity,
+    tokenizer_digest,
+    weights_digest,
+)
+from ..store import KVGeometry, KVStore, Manifest, Split, digest_json
+from ..store.dtypes import dtype_of
+from ..store.manifest import default_page_tokens
+from .heads import HEAD_MAPS
+from .layers import LayerMap, layer_map
+from .recipe import Recipe, TeacherSettings
+
+PART_BYTES: Final = 1 << 30
+"""Raw bytes of keys and values in one part, at most, as far as the text's length tells."""
+MIN_PARTS: Final = 8
+"""A small corpus is still cut into this many parts, so that it can be shared out and resumed."""
+BYTES_PER_TOKEN: Final = 2.5
+"""UTF-8 bytes of text per token, on the low side of today's tokenizers, for cutting the corpus into parts."""
+
+
+class Run:
+    """A recipe, resolved."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.root = Path(recipe.run_dir).expanduser()
+
+    # Where things lie.
+
+    @property
+    def student_dir(self) -> Path:
+        """The student before training, and its tokenizer."""
+        return self.root / "student"
+
+    def teacher_path(self, teacher: str) -> Path:
+        """The capture of a teacher."""
+        return self.root / "teachers" / f"{teacher}.zarr"
+
+    @property
+    def reference_path(self) -> Path:
+        """The student's own keys and values before training, on the calibration samples."""
+        return self.root / "reference.zarr"
+
+    def resampled_path(self, teacher: str) -> Path:
+        """A teacher's capture on the student's tokens."""
+        return self.root / "resampled" / f"{teacher}.zarr"
+
+    def projector_path(self, teacher: str) -> Path:
+        """The fitted projector."""
+        return self.root / "projectors" / f"{teacher}.safetensors"
+
+    def target_path(self, teacher: str) -> Path:
+        """The targets made from a teacher."""
+        return self.root / "targets" / f"{teacher}.zarr"
+
+    def trained_dir(self, name: str | None = None) -> Path:
+        """A trained student."""
+        return self.root / "students" / (name or self.recipe.train.name)
+
+    # What they are made from.
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The corpus, read once."""
+        return load_corpus(self.recipe.corpus)
+
+    @cached_property
+    def calibration(self) -> Corpus:
+        """The training samples that a fitted map is fitted on: a seeded choice, in corpus order."""
+        train = self.corpus.split(Split.TRAIN)
+        count = min(len(train), self.recipe.project.calibration_samples)
+        return self.corpus.subset(sorted(random.Random(self.recipe.project.seed).sample(train, count)))
+
+    def teacher(self, name: str) -> TeacherSettings:
+        """A teacher's settings.
+
+        Raises:
+            StageError: if the recipe has none of this name.
+        """
+        if name not in self.recipe.teachers:
+            raise StageError(f"there is no teacher {name!r} in the recipe, only {', '.join(self.recipe.teachers)}")
+        return self.recipe.teachers[name]
+
+    @property
+    def train_teacher(self) -> str:
+        """The teacher whose targets the student is trained on.
+
+        Raises:
+            StageError: if there are several and the recipe names none.
+        """
+        named = self.recipe.train.teacher
+        if named is None and len(self.recipe.teachers) > 1:
+            raise StageError(f"train.teacher: name one of {', '.join(self.recipe.teachers)}")
+        name = named or next(iter(self.recipe.teachers))
+        self.teacher(name)
+        return name
+
+    def teacher_source(self, name: str) -> ModelSource:
+        """Where a teacher's weights are."""
+        settings = self.teacher(name)
+        return find_model(settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+
+    def teacher_encoder(self, name: str) -> Encoder:
+        """A teacher's tokenizer, with its chat template if the recipe asks for it."""
+        return Encoder(load_tokenizer(self.teacher_source(name)), chat_template=self.teacher(name).chat_template)
+
+    def teacher_geometry(self, name: str) -> KVGeometry:
+        """A teacher's KV geometry: counted, and checked against what the recipe states.
+
+        Raises:
+            AlignmentError: if the recipe states another.
+        """
+        counted = model_geometry(self.teacher_source(name))
+        stated = self.teacher(name).geometry
+        if stated is not None and stated != counted:
+            raise AlignmentError(f"teachers.{name}.geometry: the recipe states {stated}, the model has {counted}")
+        return counted
+
+    @property
+    def student_source(self) -> ModelSource:
+        """The student's folder.
+
+        Raises:
+            StageError: if it is not made yet.
+        """
+        if not self.student_dir.is_dir():
+            raise StageError(f"the student is not made yet: {self.student_dir} is missing; run kava run --only student")
+        return find_model(str(self.student_dir.resolve()))
+
+    @cached_property
+    def student_geometry(self) -> KVGeometry:
+        """The student's KV geometry."""
+        return model_geometry(self.student_source)
+
+    @cached_property
+    def samples_per_part(self) -> int:
+        """Samples in a part of every store of this run: the recipe's number, or at most about 1 GiB of any teacher."""
+        if self.recipe.samples_per_part is not None:
+            return self.recipe.samples_per_part
+        widest = max(
+            (t.geometry or self.teacher_geometry(name)).bytes_per_token(dtype_of(self.recipe.extract.dtype).itemsize)
+            for name, t in self.recipe.teachers.items()
+        )
+        sizes = [len(record.text.encode()) / BYTES_PER_TOKEN * widest for record in self.corpus.records]
+        return samples_per_part(sizes)
+
+    # What the stores must say of themselves.
+
+    @cached_property
+    def student_key(self) -> str:
+        """What determines the untrained student: its settings, and the texts of a tokenizer trained here."""
+        settings = self.recipe.student.model_dump(mode="json")
+        trained = isinstance(settings["tokenizer"], dict)
+        return digest_json({"settings": settings, "corpus": self.corpus.digest if trained else None})
+
+    def teacher_manifest(self, name: str) -> Manifest:
+        """The manifest of a teacher's capture."""
+        settings, source = self.teacher(name), self.teacher_source(name)
+        tokenizer = load_tokenizer(source)
+        return self._manifest(
+            kind="capture",
+            geometry=self.teacher_geometry(name),
+            dtype=self.recipe.extract.dtype,
+            codec=self.recipe.extract.codec,
+            model=model_identity(source, compute_dtype=settings.dtype),
+            tokenizer_digest=tokenizer_digest(tokenizer),
+            chat_template_digest=chat_template_digest(tokenizer) if settings.chat_template else None,
+        )
+
+    @cached_property
+    def reference_manifest(self) -> Manifest:
+        """The manifest of the student's own keys and values before training."""
+        return self._student_manifest(
+            kind="capture",
+            geometry=self.student_geometry,
+            dtype="float32",
+            codec=self.recipe.project.codec,
+            model=model_identity(self.student_source, compute_dtype="float32"),
+            num_samples=len(self.calibration),
+            corpus_digest=self.calibration.digest,
+        )
+
+    def resampled_manifest(self, name: str) -> Manifest:
+        """The manifest of a teacher's capture on the student's tokens."""
+        parent = self.teacher_manifest(name)
+        return self._student_manifest(
+            kind="resampled",
+            geometry=parent.geometry,
+            dtype=parent.dtype,
+            codec=parent.codec,
+            model=parent.model,
+            parameters={"resample": self.recipe.resample.method},
+            parents={"teacher": parent.fingerprint},
+        )
+
+    def target_manifest(self, name: str) -> Manifest:
+        """The manifest of the targets made from a teacher."""
+        parent = self.teacher_manifest(name)
+        project = self.recipe.project
+        parents = {"teacher": parent.fingerprint}
+        if self.recipe.resample.materialize:
+            parents["resampled"] = self.resampled_manifest(name).fingerprint
+        if self.needs_reference:
+            parents["reference"] = self.reference_manifest.fingerprint
+        fit: dict[str, Any] = {"layers": self.layers(name), "heads": project.heads, "seed": project.seed}
+        if HEAD_MAPS[project.heads].needs != "nothing":
+            fit["calibration"] = self.calibration.digest
+        return self._student_manifest(
+            kind="target",
+            geometry=self.student_geometry,
+            dtype=project.dtype,
+            codec=project.codec,
+            model=parent.model,
+            parameters={"resample": self.recipe.resample.method, "project": fit},
+            parents=parents,
+        )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the head map is fitted against the student's own keys and values."""
+        return HEAD_MAPS[self.recipe.project.heads].needs == "student"
+
+    def layers(self, name: str) -> LayerMap:
+        """Teacher layers for each student layer."""
+        return layer_map(
+            self.recipe.project.layers, self.teacher_geometry(name).num_layers, self.student_geometry.num_layers
+        )
+
+    def trained_key(self) -> str:
+        """What determines a trained student."""
+        settings = self.recipe.train.model_dump(mode="json")
+        return digest_json(
+            {
+                "settings": settings,
+                "student": weights_digest(self.student_dir),
+                "targets": self.target_manifest(self.train_teacher).fingerprint,
+            }
+        )
+
+    def open_target(self, name: str) -> KVStore:
+        """The targets made from a teacher.
+
+        Raises:
+            StoreNotFoundError: if they are not made yet.
+        """
+        return KVStore.open(self.target_path(name))
+
+    def _student_manifest(self, **fields: Any) -> Manifest:
+        tokenizer = load_tokenizer(self.student_source)
+        wrapped = self.recipe.student.chat_template
+        return self._manifest(
+            tokenizer_digest=tokenizer_digest(tokenizer),
+            chat_template_digest=chat_template_digest(tokenizer) if wrapped else None,
+            **fields,
+        )
+
+    def _manifest(self, **fields: Any) -> Manifest:
+        pages = default_page_tokens(fields["geometry"], dtype_of(fields["dtype"]).itemsize)
+        defaults = {
+            "page_tokens": pages,
+            "num_samples": len(self.corpus),
+            "samples_per_part": self.samples_per_part,
+            "corpus_digest": self.corpus.digest,
+        }
+        return Manifest(**(defaults | fields))
+
+
+def samples_per_part(sizes: list[float]) -> int:
+    """The largest number of consecutive samples of which no run exceeds `PART_BYTES`, and that gives `MIN_PARTS` parts."""
+    low, high = 1, max(1, -(-len(sizes) // MIN_PARTS))
+    while low < high:
+        middle = (low + high + 1) // 2
+        parts = range(0, len(sizes), middle)
+        if all(sum(sizes[first : first + middle]) <= PART_BYTES for first in parts):
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,492 @@
+"""The stages of a run: what each one's output must be, what state it is in, and how to make it.
+
+    student ─┬─> reference ─┐
+    extract ─┴──────────────┴─> [resample] ─> project ─> train
+
+A stage is done when its output says of itself what the recipe asks for. One whose recipe or inputs changed is stale; cheap
+stages are then made again, costly ones (a capture, a training) only with `--force`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from ..errors import KavaError, StageError, StoreError, StoreNotFoundError
+from ..extract import Encoder, capture_store
+from ..hub import load_tokenizer
+from ..progress import progress
+from ..store import KVStore, Manifest, Split
+from ..store.files import disk_errors, write_atomic
+from .parallel import run_parts
+from .project import fit_projector
+from .run import Run
+from .transform import Transform, calibration_pairs, student_encoder
+
+State = Literal["missing", "partial", "complete", "stale", "blocked"]
+RECORD = "kava.json"
+"""What a folder of weights says of itself."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """The state of one output."""
+
+    state: State
+    detail: str = ""
+
+
+@dataclass
+class Stage(ABC):
+    """One output of a run."""
+
+    name: ClassVar[str]
+    costly: ClassVar[bool] = False
+    """Its output is not replaced without `--force`."""
+
+    run: Run
+    teacher: str | None = None
+    """Stages that exist once per teacher."""
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return self.name if self.teacher is None else f"{self.name} {self.teacher}"
+
+    @property
+    def _teacher(self) -> str:
+        assert self.teacher is not None
+        return self.teacher
+
+    @property
+    @abstractmethod
+    def output(self) -> Path:
+        """The store or folder that this stage makes."""
+
+    @abstractmethod
+    def inspect(self) -> Status:
+        """The state of the output, given inputs that are done."""
+
+    @abstractmethod
+    def make(self, scheduler: str | None) -> str:
+        """Makes the output, or what is missing of it; returns a line for people."""
+
+    def status(self) -> Status:
+        """The state of the output."""
+        try:
+            return self.inspect()
+        except (StageError, StoreNotFoundError) as error:
+            state: State = "stale" if self.output.exists() else "blocked"
+            return Status(state, str(error))
+
+    def discard(self) -> None:
+        """Removes the output; hidden first, so that a half-removed one is never taken for whole."""
+        if not self.output.exists():
+            return
+        with disk_errors(self.output):
+            doomed = self.output.with_name(f".{self.output.name}.discarded")
+            shutil.rmtree(doomed, ignore_errors=True)
+            self.output.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+class StoreStage(Stage):
+    """A stage whose output is a store."""
+
+    @abstractmethod
+    def manifest(self) -> Manifest:
+        """What the store must say of itself."""
+
+    def parent(self) -> KVStore | None:
+        """The store it is made from, part by part."""
+        return None
+
+    def inspect(self) -> Status:
+        """Compares the store on disk with the manifest that the recipe asks for."""
+        wanted = self.manifest()
+        try:
+            store = KVStore.open(self.output)
+        except StoreNotFoundError:
+            return Status("missing")
+        if found := store.manifest.differences(wanted):
+            return Status("stale", ", ".join(f"{n}: {_short(old)} -> {_short(new)}" for n, (old, new) in found.items()))
+        missing, total = store.missing_parts(), wanted.num_parts
+        outdated = self.outdated(store)
+        if missing or outdated:
+            rewritten = f", {len(outdated)} to be made again" if outdated else ""
+            return Status("partial", f"{total - len(missing)} of {total} parts{rewritten}")
+        failed = len(store.failed)
+        return Status("complete", f"{total} parts" + (f", {failed} failed samples" if failed else ""))
+
+    def outdated(self, store: KVStore) -> list[int]:
+        """Parts that were made from a parent part which is another one now, or is gone."""
+        parent = self.parent()
+        if parent is None:
+            return []
+        there = set(parent.committed_parts())
+        return [
+            number
+            for number in store.committed_parts()
+            if number not in there or store.part(number).sources.get("parent") != _part_digest(parent, number)
+        ]
+
+
+class StudentStage(Stage):
+    """The student before training."""
+
+    name = "student"
+
+    @property
+    def output(self) -> Path:
+        """The student's folder."""
+        return self.run.student_dir
+
+    def inspect(self) -> Status:
+        """Compares the record in the folder with the recipe."""
+        if not self.output.is_dir():
+            return Status("missing")
+        if _record(self.output).get("key") != self.run.student_key:
+            return Status("stale", "student settings, or the corpus its tokenizer was trained on, changed")
+        return Status("complete", str(self.run.student_geometry))
+
+    def make(self, scheduler: str | None) -> str:
+        """Makes model and tokenizer."""
+        from ..train.student import make_student
+
+        texts = [self.run.corpus.records[i].text for i in self.run.corpus.split(Split.TRAIN)]
+        make_student(self.run.recipe.student, self.output, texts)
+        write_atomic(self.output / RECORD, json.dumps({"key": self.run.student_key}).encode())
+        return f"{self.run.student_geometry}, {len(load_tokenizer(self.run.student_source))} tokens in the vocabulary"
+
+
+class ExtractStage(StoreStage):
+    """The capture of one teacher."""
+
+    name = "extract"
+    costly = True
+
+    @property
+    def output(self) -> Path:
+        """The teacher store."""
+        return self.run.teacher_path(self._teacher)
+
+    def manifest(self) -> Manifest:
+        """From the recipe."""
+        return self.run.teacher_manifest(self._teacher)
+
+    def make(self, scheduler: str | None) -> str:
+        """Runs the teacher over the parts that are missing."""
+        from ..extract.hf import HFTeacher
+
+        settings = self.run.teacher(self._teacher)
+        store = KVStore.create(self.output, self.manifest())
+        teacher = HFTeacher.load(self.run.teacher_source(self._teacher), dtype=settings.dtype, device=settings.device)
+        _capture(self.label, store, self.run.corpus, self.run.teacher_encoder(self._teacher), teacher, self.run)
+        return _describe(store)
+
+
+class ReferenceStage(StoreStage):
+    """The student's own keys and values before training, captured like a teacher's."""
+
+    name = "reference"
+
+    @property
+    def output(self) -> Path:
+        """The reference store."""
+        return self.run.reference_path
+
+    def manifest(self) -> Manifest:
+        """From the recipe and the student."""
+        return self.run.reference_manifest
+
+    def make(self, scheduler: str | None) -> str:
+        """Runs the untrained student over the calibration samples."""
+        from ..extract.hf import HFTeacher
+
+        store = KVStore.create(self.output, self.manifest())
+        student = HFTeacher.load(self.run.student_source, dtype="float32")
+        _capture(self.label, store, self.run.calibration, _student_encoder(self.run), student, self.run)
+        return _describe(store)
+
+
+class TransformStage(StoreStage):
+    """A store made from a teacher's, part by part."""
+
+    def make(self, scheduler: str | None) -> str:
+        """Runs the transform over the parts that are missing or outdated."""
+        parent = self.complete_parent()
+        store = KVStore.create(self.output, self.manifest())
+        for number in self.outdated(store):
+            store.drop_part(number)
+        transform = self.prepare(parent)
+        missing = store.missing_parts()
+        with progress(self.label, len(missing), "parts") as advance:
+            run_parts(transform, missing, scheduler=scheduler, on_part=lambda part: advance(1))
+        return _describe(store)
+
+    def complete_parent(self) -> KVStore:
+        """The parent store.
+
+        Raises:
+            StageError: if parts of it are missing.
+        """
+        parent = self.parent()
+        assert parent is not None
+        if missing := parent.missing_parts():
+            raise StageError(f"{parent.path}: {len(missing)} of {parent.manifest.num_parts} parts are missing; make them first")
+        return parent
+
+    @abstractmethod
+    def prepare(self, parent: KVStore) -> Transform:
+        """What to do to each part, with everything fitted."""
+
+
+class ResampleStage(TransformStage):
+    """A teacher's capture on the student's tokens, in the teacher's geometry."""
+
+    name = "resample"
+
+    @property
+    def output(self) -> Path:
+        """The resampled store."""
+        return self.run.resampled_path(self._teacher)
+
+    def manifest(self) -> Manifest:
+        """From the recipe, the teacher store and the student."""
+        return self.run.resampled_manifest(self._teacher)
+
+    def parent(self) -> KVStore:
+        """The teacher store."""
+        return KVStore.open(self.run.teacher_path(self._teacher))
+
+    def prepare(self, parent: KVStore) -> Transform:
+        """Time only."""
+        return _transform(self.run, parent, self.output, self.run.recipe.resample.method, None)
+
+
+class ProjectStage(TransformStage):
+    """Targets: a teacher's capture on the student's tokens and in the student's geometry."""
+
+    name = "project"
+
+    @property
+    def output(self) -> Path:
+        """The target store."""
+        return self.run.target_path(self._teacher)
+
+    def manifest(self) -> Manifest:
+        """From the recipe, the teacher store, the student and its reference."""
+        return self.run.target_manifest(self._teacher)
+
+    def parent(self) -> KVStore:
+        """The resampled store where the recipe wants one, else the teacher's: then both are done in one pass."""
+        materialized = self.run.recipe.resample.materialize
+        path = self.run.resampled_path if materialized else self.run.teacher_path
+        return KVStore.open(path(self._teacher))
+
+    def prepare(self, parent: KVStore) -> Transform:
+        """Fits the projector, unless the one on disk was fitted for this very store."""
+        run, recipe = self.run, self.run.recipe
+        path = run.projector_path(self._teacher)
+        resampler = None if recipe.resample.materialize else recipe.resample.method
+        transform = _transform(run, parent, self.output, resampler, None)
+        wanted = self.manifest().fingerprint
+        if not (path.exists() and _card(path).get("made_for") == wanted):
+            reference = KVStore.open(run.reference_path) if run.needs_reference else None
+            ids = [record.sample_id for record in run.calibration.records]
+            projector = fit_projector(
+                parent.geometry,
+                run.student_geometry,
+                run.layers(self._teacher),
+                heads=recipe.project.heads,
+                pairs=calibration_pairs(transform, parent, ids, reference),
+                seed=recipe.project.seed,
+            )
+            projector.card["made_for"] = wanted
+            projector.save(path)
+        return _transform(run, parent, self.output, resampler, path)
+
+
+class TrainStage(Stage):
+    """A trained student."""
+
+    name = "train"
+    costly = True
+
+    @property
+    def output(self) -> Path:
+        """The trained student's folder."""
+        return self.run.trained_dir()
+
+    def inspect(self) -> Status:
+        """Compares the record in the folder with the recipe."""
+        key = self.run.trained_key()
+        if not self.output.is_dir():
+            return Status("missing")
+        record = _record(self.output)
+        if record.get("key") != key:
+            return Status("stale", "train settings, the student or its targets changed")
+        if "metrics" not in record:
+            return Status("partial", "interrupted; goes on at its last checkpoint")
+        return Status("complete", result_line(record))
+
+    def make(self, scheduler: str | None) -> str:
+        """Trains."""
+        from ..train.trainer import train_student
+
+        run = self.run
+        store = run.open_target(run.train_teacher)
+        record: dict[str, Any] = {"key": run.trained_key(), "targets": store.manifest.fingerprint}
+        settings = run.recipe.train
+        with progress(f"{self.label} {settings.name}", settings.max_steps, "steps") as advance:
+            # The record without metrics marks a training that was begun; the next call goes on with it.
+            write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
+            run.recipe.save(self.output / "recipe.yaml")
+            result = train_student(
+                run.student_dir,
+                store,
+                self.output,
+                settings,
+                corpus_digest=run.corpus.digest,
+                on_step=lambda step, total: advance(1),
+            )
+        record |= {"name": settings.name, "alpha": settings.alpha, "steps": result.steps, "metrics": result.metrics}
+        write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
+        return result_line(record)
+
+
+def stages_of(run: Run) -> list[Stage]:
+    """All stages of a run, in order."""
+    teachers = list(run.recipe.teachers)
+    stages: list[Stage] = [StudentStage(run)]
+    stages += [ExtractStage(run, teacher) for teacher in teachers]
+    if run.needs_reference:
+        stages.append(ReferenceStage(run))
+    if run.recipe.resample.materialize:
+        stages += [ResampleStage(run, teacher) for teacher in teachers]
+    stages += [ProjectStage(run, teacher) for teacher in teachers]
+    return [*stages, TrainStage(run)]
+
+
+def run_stages(
+    stages: list[Stage],
+    *,
+    force: frozenset[str] = frozenset(),
+    scheduler: str | None = None,
+    say: Callable[[str, str], None] = lambda label, line: None,
+) -> None:
+    """Makes what is missing of each stage, in order.
+
+    Args:
+        stages: of one run, in the order of `stages_of`.
+        force: names of stages whose output is thrown away first.
+        scheduler: see `run_parts`.
+        say: called with a stage's label and what became of it.
+
+    Raises:
+        StageError: if a stage's inputs are missing, or a costly output is stale and not forced.
+    """
+    for stage in stages:
+        if stage.name in force:
+            stage.discard()
+        status = stage.status()
+        if status.state == "complete":
+            say(stage.label, f"up to date ({status.detail})")
+            continue
+        if status.state == "blocked":
+            raise StageError(status.detail)
+        if status.state == "stale":
+            if stage.costly:
+                raise StageError(
+                    f"{stage.label}: {stage.output} is stale ({status.detail}); add --force {stage.name} to make it again, "
+                    "or write elsewhere (run_dir, train.name)"
+                )
+            say(stage.label, f"stale ({status.detail}), made again")
+            stage.discard()
+        say(stage.label, stage.make(scheduler))
+
+
+def result_line(record: dict[str, Any]) -> str:
+    """The outcome of a training, for people."""
+    metrics = record.get("metrics", {})
+    if "ce" not in metrics:
+        return f"{record.get('steps', 0)} steps, nothing held out"
+    kv = f", held-out KV loss {metrics['kv']:.3f}" if "kv" in metrics else ""
+    return f"{record['steps']} steps, held-out CE {metrics['ce']:.3f} ({metrics['ce_per_byte']:.3f} per byte){kv}"
+
+
+def trained_students(run: Run) -> list[dict[str, Any]]:
+    """The records of all finished students of a run, with their folders."""
+    found = []
+    for path in sorted((run.root / "students").glob(f"*/{RECORD}")):
+        record = _record(path.parent)
+        if "metrics" in record:
+            found.append({**record, "path": str(path.parent)})
+    return found
+
+
+def _capture(label: str, store: KVStore, corpus: Any, encoder: Encoder, teacher: Any, run: Run) -> None:
+    if teacher.geometry != store.geometry:
+        raise KavaError(f"{label}: the loaded model has {teacher.geometry}, its config promised {store.geometry}")
+    missing = sum(len(store.manifest.part_samples(part)) for part in store.missing_parts())
+    total = missing * sum(len(r.text.encode()) for r in corpus.records) // max(len(corpus), 1)
+    # Text length is known at once, tokens only part by part: the bar counts bytes of text.
+    with progress(label, total, "bytes of text") as advance:
+        capture_store(store, corpus, encoder, teacher, run.recipe.extract, on_text=advance)
+
+
+def _student_encoder(run: Run) -> Encoder:
+    return student_encoder(str(run.student_dir.resolve()), run.recipe.student.chat_template)
+
+
+def _transform(run: Run, parent: KVStore, out: Path, resampler: str | None, projector: Path | None) -> Transform:
+    return Transform(
+        parent=str(parent.path.resolve()),
+        out=str(out.resolve()),
+        corpus=run.recipe.corpus,
+        student=str(run.student_dir.resolve()),
+        chat_template=run.recipe.student.chat_template,
+        resampler=resampler,
+        projector=None if projector is None else str(projector.resolve()),
+    )
+
+
+def _part_digest(store: KVStore, number: int) -> str | None:
+    try:
+        return store.part(number).digest
+    except StoreError:
+        return None
+
+
+def _describe(store: KVStore) -> str:
+    failed = len(store.failed)
+    size = store.size_on_disk() / 1e6
+    note = f", {failed} failed samples" if failed else ""
+    return f"{store.num_tokens} tokens of {store.geometry}, {size:.1f} MB at {store.path}{note}"
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _card(projector: Path) -> dict[str, Any]:
+    try:
+        card = json.loads(projector.with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return card if isinstance(card, dict) else {}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+

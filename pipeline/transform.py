@@ -1,0 +1,149 @@
+"""The fused offline pass: one part of a teacher store in, the same part of a target store out.
+
+A part is one dask task. It streams sample by sample, so its memory is that of a sample, and it records the digest of the
+parent part, so that a part captured again makes exactly its own targets stale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import StageError
+from ..extract import Corpus, CorpusSettings, Encoder, load_corpus
+from ..hub import find_model, load_tokenizer
+from ..store import KVSample, KVStore
+from .project import Pair, Projector
+from .resample import RESAMPLERS, TimeMap, identity_map
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..extract import Tokens
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What to do to every part; small, and safe to send to another machine that sees the same files."""
+
+    parent: str
+    """The store to read."""
+    out: str
+    """The store to write; it exists."""
+    corpus: CorpusSettings
+    student: str
+    """The folder with the student's tokenizer."""
+    chat_template: bool
+    resampler: str | None
+    """A name in `RESAMPLERS`; None where the parent is on the student's tokens already."""
+    projector: str | None
+    """The fitted projector; None to change time only."""
+
+    def __call__(self, part: int) -> int:
+        """Writes one part and returns its number."""
+        parent, out = KVStore.open(self.parent), KVStore.open(self.out)
+        corpus = _corpus(self.corpus)
+        if parent.manifest.corpus_digest != corpus.digest:
+            raise StageError(f"{self.parent} was made from another corpus than {self.corpus.path} holds now")
+        encoder = student_encoder(self.student, self.chat_template)
+        projector = None if self.projector is None else _projector(self.projector)
+        reader = parent.part(part)
+        with out.write_part(part) as writer:
+            for position, index in enumerate(parent.manifest.part_samples(part)):
+                record = corpus.records[index]
+                if position in reader.failed:
+                    writer.fail(position, record.sample_id, record.split, reader.failed[position])
+                    continue
+                source = reader.sample(position)
+                tokens = encoder.encode(record)
+                time = self.time_map(source, tokens)
+                keys, values = transformed(source, time, projector)
+                writer.append(
+                    position,
+                    KVSample(
+                        sample_id=record.sample_id,
+                        split=record.split,
+                        keys=keys,
+                        values=values,
+                        input_ids=tokens.input_ids,
+                        positions=tokens.positions,
+                        spans=tokens.spans,
+                        segments=tokens.segments,
+                        mask=time.mask,
+                    ),
+                )
+            writer.commit({"parent": reader.digest})
+        return part
+
+    def time_map(self, source: KVSample, tokens: Tokens) -> TimeMap:
+        """From the source's tokens to the student's."""
+        if self.resampler is not None:
+            return RESAMPLERS[self.resampler](source.spans, tokens.spans)
+        if len(source) != len(tokens) or (source.input_ids != tokens.input_ids).any():
+            raise StageError(f"{self.parent}: sample {source.sample_id!r} is not on this student's tokens; resample it again")
+        return identity_map(len(tokens), source.mask)
+
+
+def transformed(source: KVSample, time: TimeMap, projector: Projector | None) -> Pair:
+    """Keys and values of `source`, resampled and, if there is a projector, projected; masked rows are zero."""
+    import torch
+
+    assert source.keys is not None
+    assert source.values is not None
+    out = []
+    for name, tensor in (("keys", source.keys), ("values", source.values)):
+        moved = time.apply(tensor.float())
+        if projector is not None:
+            moved = projector.apply(name, moved)
+            moved[torch.from_numpy(~time.mask)] = 0
+        out.append(moved)
+    return out[0], out[1]
+
+
+def calibration_pairs(
+    transform: Transform, parent: KVStore, sample_ids: list[str], reference: KVStore | None
+) -> Iterator[tuple[Pair, Pair | None]]:
+    """What a projector is fitted on: the teacher's tensors on the student's tokens, with the student's own.
+
+    Only tokens that have a target; samples that failed on either side are left out.
+    """
+    import torch
+
+    corpus = _corpus(transform.corpus)
+    encoder = student_encoder(transform.student, transform.chat_template)
+    failed = {*parent.failed, *(reference.failed if reference else ())}
+    for sample_id in sample_ids:
+        if sample_id in failed:
+            continue
+        index = parent.index_of[sample_id]
+        source = parent[index]
+        time = transform.time_map(source, encoder.encode(corpus.records[index]))
+        kept = torch.from_numpy(time.mask)
+        keys, values = transformed(source, time, None)
+        own = None
+        if reference is not None:
+            mine = reference[reference.index_of[sample_id]]
+            assert mine.keys is not None
+            assert mine.values is not None
+            own = mine.keys[kept], mine.values[kept]
+        yield (keys[kept], values[kept]), own
+
+
+@cache
+def student_encoder(folder: str, chat_template: bool) -> Encoder:
+    """The student's encoder; its samples end with the end-of-sequence token."""
+    tokenizer = load_tokenizer(find_model(str(Path(folder).resolve())))
+    return Encoder(tokenizer, chat_template=chat_template, add_eos=True)
+
+
+@cache
+def _corpus(settings: CorpusSettings) -> Corpus:
+    return load_corpus(settings)
+
+
+@cache
+def _projector(path: str) -> Projector:
+    return Projector.load(Path(path))

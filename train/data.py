@@ -1,0 +1,58 @@
+"""Samples of a target store as training batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch.utils.data import Dataset
+
+from ..store import SEGMENTS, KVSample, KVStore, Split, collate
+
+IGNORED: Final = -100
+"""Label of tokens that are not predicted."""
+
+
+class TargetDataset(Dataset[KVSample]):
+    """The written samples of one split; keys and values are read only where there is a KV loss."""
+
+    def __init__(self, store: KVStore, split: Split, *, with_kv: bool) -> None:
+        self.store, self.with_kv = store, with_kv
+        self.indices = store.indices(split)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int) -> KVSample:
+        return self.store.sample(self.indices[item], keys=self.with_kv, values=self.with_kv)
+
+
+@dataclass(frozen=True)
+class TargetCollator:
+    """Pads samples on the right and makes labels."""
+
+    pad_token_id: int
+    ce_segments: tuple[str, ...]
+    """Segments whose tokens are predicted."""
+
+    def __call__(self, samples: Sequence[KVSample]) -> dict[str, Any]:
+        """A batch: `input_ids`, `attention_mask`, `labels`, `kv_mask` `[b, t]`; `keys`, `values` `[b, t, l, h, d]`."""
+        batch = collate(samples, pad_token_id=self.pad_token_id)
+        wanted = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+        for name in self.ce_segments:
+            wanted |= batch.segments == int(SEGMENTS[name])
+        for row, sample in enumerate(samples):
+            # The end of the sequence is no text, but must be learned.
+            if len(sample) and sample.segments[-1] == int(SEGMENTS["none"]):
+                wanted[row, len(sample) - 1] = True
+        out: dict[str, Any] = {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "labels": torch.where(wanted, batch.input_ids, IGNORED),
+            "kv_mask": batch.mask,
+        }
+        if batch.keys is not None:
+            out |= {"keys": batch.keys, "values": batch.values}
+        return out

@@ -1,0 +1,92 @@
+"""What a recipe may say of the student and its training."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ByteLevelBPE(_Settings):
+    """A byte-level BPE tokenizer trained on the corpus's training split; digits stand alone."""
+
+    vocab_size: PositiveInt
+
+
+class StudentSettings(_Settings):
+    """The student before training: an existing model, or a config with random weights."""
+
+    model: str | None = None
+    """A hub id or folder to start from."""
+    revision: str | None = None
+    config: dict[str, Any] | None = None
+    """A transformers config (`model_type`, `hidden_size`, ...), for random weights. `vocab_size` is the tokenizer's."""
+    tokenizer: str | ByteLevelBPE | None = None
+    """A hub id or folder, or a tokenizer to train; None for that of `model`."""
+    chat_template: bool = False
+    """Wrap samples in the student's chat template."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """dtype of the weights."""
+    seed: int = 0
+    """Of the random weights."""
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> StudentSettings:
+        if (self.model is None) == (self.config is None):
+            raise ValueError("give either model or config")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("config needs model_type, for example llama")
+        if self.config is not None and self.tokenizer is None:
+            raise ValueError("a student made from config needs tokenizer: an id, a folder, or {vocab_size: N}")
+        return self
+
+
+class TrainSettings(_Settings):
+    """Training: the loss is `CE + alpha * KV`."""
+
+    name: str = Field("kv", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The student's folder below `students/`."""
+    teacher: str | None = None
+    """Whose targets to use; may be left out where there is one teacher."""
+    alpha: NonNegativeFloat = 1.0
+    """Weight of the KV loss; 0 is plain fine-tuning on the same batches."""
+    loss: Literal["mse", "smooth_l1", "cosine"] = "mse"
+    key_weight: NonNegativeFloat = 1.0
+    value_weight: NonNegativeFloat = 1.0
+    layers: list[NonNegativeInt] | None = None
+    """Student layers with a KV loss; None for all."""
+    ce_segments: list[Literal["prompt", "rationale", "answer"]] = ["prompt", "rationale", "answer"]
+    """Tokens of these segments are predicted; the end of the sequence always is."""
+    max_steps: PositiveInt = 1000
+    batch_size: PositiveInt = 8
+    """Samples per device and forward pass."""
+    gradient_accumulation_steps: PositiveInt = 1
+    learning_rate: PositiveFloat = 3e-4
+    lr_scheduler: str = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    bf16: bool = False
+    """bfloat16 autocast."""
+    logging_steps: PositiveInt = 10
+    eval_steps: PositiveInt | None = None
+    """Held-out evaluation every so many steps; None for the end only."""
+    save_steps: PositiveInt | None = None
+    """A checkpoint to resume from every so many steps; None for none."""
+    num_workers: NonNegativeInt = 0
+    """Processes that read the store."""
+    seed: int = 0
+    """Of the order of batches, and of dropout."""
+    arguments: dict[str, Any] = {}
+    """Further `transformers.TrainingArguments`, by their own names."""
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> TrainSettings:
+        if self.alpha > 0 and self.key_weight + self.value_weight == 0:
+            raise ValueError("key_weight and value_weight are both 0; set alpha: 0 to train without targets")
+        return self

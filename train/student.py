@@ -1,0 +1,118 @@
+"""The student before training: weights, config and tokenizer in one folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecipeError
+from ..hub import ModelSource, find_model, load_model, load_tokenizer
+from ..store.files import disk_errors
+from ..tap import attention_layout, probe_geometry
+from .settings import ByteLevelBPE, StudentSettings
+
+END = "<|endoftext|>"
+"""The one special token of a tokenizer trained here: end of sequence, and padding."""
+
+
+def make_student(settings: StudentSettings, folder: Path, texts: Iterable[str]) -> None:
+    """Writes the student and its tokenizer to `folder`, whole or not at all.
+
+    Args:
+        settings: where the student comes from.
+        folder: a new folder, in the layout of `save_pretrained`.
+        texts: what a new tokenizer is trained on.
+
+    Raises:
+        RecipeError: if the config is not one of a causal language model that kava knows.
+        ModelNotFoundError: if a model or tokenizer cannot be loaded.
+    """
+    import torch
+
+    tokenizer = _tokenizer(settings, texts)
+    if settings.model is not None:
+        model = load_model(_source(settings, settings.model), dtype=settings.dtype, device="cpu")
+    else:
+        config = student_config(settings, tokenizer)
+        torch.manual_seed(settings.seed)
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype))
+    probe_geometry(model)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    with disk_errors(folder):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        temporary.rename(folder)
+
+
+def student_config(settings: StudentSettings, tokenizer: Any | None) -> Any:
+    """The transformers config that the recipe's `student.config` describes.
+
+    Raises:
+        RecipeError: if transformers refuses it.
+        UnsupportedModelError: if the architecture is not known.
+    """
+    from transformers import AutoConfig
+
+    assert settings.config is not None
+    values = dict(settings.config)
+    model_type = values.pop("model_type")
+    if tokenizer is not None:
+        values["vocab_size"] = len(tokenizer)
+        values["eos_token_id"] = tokenizer.eos_token_id
+        values["bos_token_id"] = tokenizer.bos_token_id
+        values["pad_token_id"] = tokenizer.pad_token_id
+    try:
+        config = AutoConfig.for_model(model_type, **values)
+    except Exception as error:
+        raise RecipeError(f"student.config: {str(error).splitlines()[0]}") from None
+    if unknown := sorted(set(values) - set(config.to_dict())):
+        raise RecipeError(f"student.config: {model_type} has no setting {unknown[0]!r}")
+    attention_layout(config)
+    return config
+
+
+def load_student(folder: Path, *, dtype: str = "auto") -> tuple[Any, Any]:
+    """The model and tokenizer in a folder."""
+    source = find_model(str(folder.resolve()))
+    return load_model(source, dtype=dtype, device="cpu"), load_tokenizer(source)
+
+
+def _source(settings: StudentSettings, name: str) -> ModelSource:
+    return find_model(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+
+
+def _tokenizer(settings: StudentSettings, texts: Iterable[str]) -> Any:
+    if isinstance(settings.tokenizer, ByteLevelBPE):
+        return train_tokenizer(texts, settings.tokenizer.vocab_size)
+    if settings.tokenizer is None:
+        assert settings.model is not None
+        return load_tokenizer(_source(settings, settings.model))
+    return load_tokenizer(find_model(settings.tokenizer, trust_remote_code=settings.trust_remote_code))
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
+    """A byte-level BPE tokenizer of at most `vocab_size` tokens, as a fast transformers tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < 257:
+        raise RecipeError(f"student.tokenizer.vocab_size: {vocab_size} is less than 256 bytes and one special token")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=END)
