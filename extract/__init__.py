@@ -1,7 +1,7 @@
 """From a corpus and a teacher to a store of keys and values.
 
-`corpus` reads records and names their segments, `tokens` turns a record into token ids with UTF-8 byte spans, `hf` runs a
-teacher, `capture` is the loop from one to the other. This room knows nothing of students or recipes.
+`corpus` reads records and names their segments, `tokens` turns a record into token ids with UTF-8 byte spans, `hf`
+runs a teacher, `capture` is the loop from one to the other. This room knows nothing of students or recipes.
 """
 
 from .capture import CaptureSettings, capture_store, plan_batches

@@ -83,7 +83,7 @@ def capture_store(
                 reason = f"{length} tokens, the model reads at most {teacher.max_tokens}" if length else "no tokens"
                 if settings.too_long == "error":
                     raise CorpusError(
-                        f"sample {record.sample_id!r}: {reason}; shorten it, or set extract.too_long: skip to leave it out"
+                        f"sample {record.sample_id!r}: {reason}; shorten it, or set extract.too_long: skip"
                     )
                 writer.fail(position, record.sample_id, record.split, reason)
                 del tokens[position]

@@ -1,7 +1,7 @@
 """Corpus records: where they come from, what their segments are, which are held out.
 
-The *canonical text* of a record is what every model reads. Segments come from the record's fields, never from words in the
-text. A separator between two fields belongs to the segment that follows it.
+The *canonical text* of a record is what every model reads. Segments come from the record's fields, never from words
+in the text. A separator between two fields belongs to the segment that follows it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-from ..errors import CorpusError
+from ..errors import CorpusError, HubUnreachableError
+from ..hub import hub_reachable
 from ..store import Segment, Split, digest_file, digest_json
 
 Row = dict[str, Any]
@@ -200,9 +201,10 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _dataset_rows(settings: CorpusSettings, path: str) -> Iterator[tuple[str, Row]]:
+    folder = Path(path).expanduser()
+    offline = not folder.exists() and not hub_reachable()
     import datasets
 
-    folder = Path(path).expanduser()
     try:
         if folder.is_dir() and ((folder / "state.json").exists() or (folder / "dataset_dict.json").exists()):
             found = datasets.load_from_disk(str(folder))
@@ -210,8 +212,12 @@ def _dataset_rows(settings: CorpusSettings, path: str) -> Iterator[tuple[str, Ro
         else:
             found = datasets.load_dataset(path, settings.subset, split=settings.split, revision=settings.revision)
     except Exception as error:
+        if offline:
+            raise HubUnreachableError(path) from None
         reason = str(error).strip().split("\n")[0]
-        raise CorpusError(f"corpus {path!r} cannot be loaded: {reason}; give a file, a saved data set or a hub id") from None
+        raise CorpusError(
+            f"corpus {path!r} cannot be loaded: {reason}; give a file, a saved data set or a hub id"
+        ) from None
     for number, row in enumerate(found, 1):
         yield f"{path} row {number}", row
 
@@ -233,7 +239,7 @@ def _record(row: Row, settings: CorpusSettings, where: str) -> Record:
             raise CorpusError(
                 f"{where}: none of the fields {wanted} is there, only {sorted(row)}; name yours under corpus.fields"
             )
-    for (_, content, segment) in pieces:
+    for _, content, segment in pieces:
         if content is not None and not isinstance(content, str):
             raise CorpusError(f"{where}: the {segment.name.lower()} is not a string but {type(content).__name__}")
     return _assemble([p for p in pieces if p[1]], settings.separator, _sample_id(row, names, where), where)
@@ -292,13 +298,17 @@ def _hold_out(
     known = sorted(set(keys))
     if settings.values is not None:
         if missing := sorted(set(settings.values) - set(known)):
-            raise CorpusError(f"corpus {path}: no record has {settings.group} {missing[0]!r}, named by corpus.heldout.values")
+            raise CorpusError(
+                f"corpus {path}: no record has {settings.group} {missing[0]!r}, named by corpus.heldout.values"
+            )
         chosen = set(settings.values)
     else:
         assert settings.ratio is not None
         count = max(1, round(settings.ratio * len(known)))
         if count >= len(known):
-            raise CorpusError(f"corpus {path}: {len(known)} samples or groups are too few to hold out {settings.ratio:g}")
+            raise CorpusError(
+                f"corpus {path}: {len(known)} samples or groups are too few to hold out {settings.ratio:g}"
+            )
         chosen = set(random.Random(settings.seed).sample(known, count))
     split: dict[bool, Literal[Split.TRAIN, Split.HELDOUT]] = {True: Split.HELDOUT, False: Split.TRAIN}
     return [

@@ -1,8 +1,8 @@
 """From a record to token ids, each with its exact UTF-8 byte range in the canonical text.
 
-Byte spans are what makes two tokenizers comparable. They are exact where the tokens' bytes, joined, are the text's bytes
-(byte-level BPE, SentencePiece with byte fallback); where a normaliser changed the text, the tokenizer's own character
-offsets are used and tokens inside one character share its range: the last one has it, the others are empty.
+Byte spans are what makes two tokenizers comparable. They are exact where the tokens' bytes, joined, are the text's
+bytes (byte-level BPE, SentencePiece with byte fallback); where a normaliser changed the text, the tokenizer's own
+character offsets are used and tokens inside one character share its range: the last one has it, the others are empty.
 """
 
 from __future__ import annotations
@@ -90,12 +90,16 @@ class Encoder:
         """The rendered chat, and `(start, stop, canonical start)` in characters of each message inside it."""
         contents = [record.text[start:stop] for _, start, stop in record.turns]
         marks = [f"\ue000{number}\ue001" for number in range(len(contents))]
-        with_marks, rendered = (self._render([role for role, _, _ in record.turns], texts) for texts in (marks, contents))
+        with_marks, rendered = (
+            self._render([role for role, _, _ in record.turns], texts) for texts in (marks, contents)
+        )
         regions, out, position = [], "", 0
         for mark, content, (_, start, _) in zip(marks, contents, record.turns, strict=True):
             at = with_marks.find(mark, position)
             if at < 0:
-                raise CorpusError(f"sample {record.sample_id!r}: the chat template leaves out a message; set chat_template: false")
+                raise CorpusError(
+                    f"sample {record.sample_id!r}: the chat template leaves out a message; set chat_template: false"
+                )
             out += with_marks[position:at]
             kept = content if rendered.startswith(content, len(out)) else content.strip()
             begin = start + content.find(kept)
@@ -104,8 +108,8 @@ class Encoder:
         out += with_marks[position:]
         if out != rendered:
             raise CorpusError(
-                f"sample {record.sample_id!r}: the chat template changes the text of a message, so byte spans cannot be "
-                "exact; set chat_template: false"
+                f"sample {record.sample_id!r}: the chat template changes the text of a message, so that byte spans "
+                "cannot be exact; set chat_template: false"
             )
         return rendered, regions
 
@@ -150,7 +154,7 @@ class Encoder:
 
 
 def _exact_spans(pieces: list[bytes | None], raw: bytes) -> _Spans | None:
-    """Spans by adding up byte lengths, if the tokens' bytes are the text's, but for one leading space of SentencePiece."""
+    """Spans by adding up byte lengths, if the tokens' bytes are the text's (SentencePiece may add a leading space)."""
     if any(piece is None for piece in pieces):
         return None
     known = [piece for piece in pieces if piece is not None]

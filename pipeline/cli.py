@@ -33,11 +33,14 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key of the recipe: -s train.alpha=0.5. Repeatable."),
+    typer.Option(
+        "--set", "-s", metavar="KEY=VALUE", help="Override a key of the recipe: -s train.alpha=0.5. Repeatable."
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Throw the output away and make it again.")]
 Scheduler = Annotated[
-    str | None, typer.Option(help="Address of a dask scheduler (tcp://host:8786); threads of this machine if not given.")
+    str | None,
+    typer.Option(help="Address of a dask scheduler (tcp://host:8786); threads of this machine if not given."),
 ]
 OnlyTeacher = Annotated[str | None, typer.Option("--teacher", help="Only this teacher of the recipe.")]
 STAGES = ("student", "extract", "reference", "resample", "project", "train")
@@ -65,7 +68,9 @@ def run(
     overrides: Overrides = None,
     first: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Begin at this stage.")] = None,
     until: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")] = None,
-    only: Annotated[list[str] | None, typer.Option("--only", metavar="STAGE", help="Only this stage. Repeatable.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="STAGE", help="Only this stage. Repeatable.")
+    ] = None,
     force: Annotated[
         list[str] | None, typer.Option("--force", metavar="STAGE", help="Make this stage again. Repeatable.")
     ] = None,
@@ -94,7 +99,9 @@ def extract(
     overrides: Overrides = None,
     teacher: OnlyTeacher = None,
     force: Force = False,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Capture parts with failed samples again.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Capture parts with failed samples again.")
+    ] = False,
 ) -> None:
     """Capture the teachers' keys and values into stores."""
     loaded = _load(recipe, overrides)
@@ -172,14 +179,15 @@ def status(
 def inspect(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="A store.", show_default=False)],
     sample: Annotated[str | None, typer.Option(help="Show this sample's tokens: its number or its id.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer to show the tokens with: a folder or a hub id.")] = None,
-    corpus: Annotated[Path | None, typer.Option(help="Recipe whose corpus holds the text of the spans.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="The run's recipe, for tokens and text; found beside the store if not given.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Show a store to a person: manifest, sizes, per-layer statistics, one sample's tokens and spans."""
     from .inspect import inspect_store
 
-    inspect_store(store, out, sample=sample, tokenizer=tokenizer, recipe=corpus, as_json=as_json)
+    inspect_store(store, out, sample=sample, recipe=recipe, as_json=as_json)
 
 
 @app.command()
@@ -202,7 +210,10 @@ def verify(
         note = f", {missing} not written yet" if missing else ""
         if found:
             damaged = True
-            err.print(f"{path}: {len(found)} damages in {len({d.part for d in found})} of {len(parts)} parts{note}", markup=False)
+            err.print(
+                f"{path}: {len(found)} damages in {len({d.part for d in found})} of {len(parts)} parts{note}",
+                markup=False,
+            )
         else:
             out.print(f"{path}: {len(parts)} parts are as they were written{note}", markup=False)
     if damaged:
@@ -261,7 +272,9 @@ def _load(path: Path, overrides: list[str] | None) -> Any:
     return Run(load_recipe(path, overrides or ()))
 
 
-def _run(loaded: Any, names: list[str], force: frozenset[str], scheduler: str | None, teacher: str | None = None) -> None:
+def _run(
+    loaded: Any, names: list[str], force: frozenset[str], scheduler: str | None, teacher: str | None = None
+) -> None:
     from .stages import run_stages, stages_of
 
     if teacher is not None:

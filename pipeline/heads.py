@@ -1,8 +1,8 @@
 """Heads and width: affine maps from the teacher's `[k * H_t * D_t]` numbers of a token to the student's `[H_s * D_s]`.
 
-A method is one function that returns `(weight [in, out], bias [out])` in float64 and one line in `HEAD_MAPS`. Keys and values
-are fitted separately, each student layer by itself. The maps stay frozen: one trained together with the student under the
-KV loss collapses.
+A method is one function that returns `(weight [in, out], bias [out])` in float64 and one line in `HEAD_MAPS`. Keys
+and values are fitted separately, each student layer by itself. The maps stay frozen: one trained together with the
+student under the KV loss collapses.
 """
 
 from __future__ import annotations
@@ -94,8 +94,9 @@ def pca(shape: HeadShape, moments: Moments, generator: torch.Generator) -> Affin
 def procrustes(shape: HeadShape, moments: Moments, generator: torch.Generator) -> Affine:
     """The teacher's principal components, rotated onto the student's own keys or values at initialisation.
 
-    Orthogonal Procrustes: with `U S Vᵀ = svd(Xᵀ Y)` on centred rows the rotation is `U Vᵀ`. It moves no variance but for one
-    scale, which is set so that targets vary as much as the student's own tensors, and their mean is the student's.
+    Orthogonal Procrustes: with `U S Vᵀ = svd(Xᵀ Y)` on centred rows the rotation is `U Vᵀ`. It moves no variance but
+    for one scale, which is set so that targets vary as much as the student's own tensors, and their mean is the
+    student's.
     """
     import torch
 
@@ -134,8 +135,9 @@ def _area(source: int, target: int) -> torch.Tensor:
     low = torch.arange(source).mul(target).unsqueeze(1)
     start = torch.arange(target).mul(source).unsqueeze(0)
     overlap = torch.minimum(low + target, start + source) - torch.maximum(low, start)
-    overlap = overlap.clamp(min=0).double()
-    return overlap / overlap.sum(0, keepdim=True)
+    shares = overlap.clamp(min=0).double()
+    normalised: torch.Tensor = shares / shares.sum(0, keepdim=True)
+    return normalised
 
 
 def _orthonormal(shape: HeadShape, generator: torch.Generator) -> torch.Tensor:
@@ -143,8 +145,8 @@ def _orthonormal(shape: HeadShape, generator: torch.Generator) -> torch.Tensor:
     import torch
 
     tall = max(shape.source_width, shape.target_width), min(shape.source_width, shape.target_width)
-    q, r = torch.linalg.qr(torch.randn(tall, dtype=torch.float64, generator=generator))
-    q = q * torch.sign(torch.diagonal(r))  # Without this the distribution is not uniform.
+    basis, upper = torch.linalg.qr(torch.randn(tall, dtype=torch.float64, generator=generator))
+    q: torch.Tensor = basis * torch.sign(torch.diagonal(upper))  # Without this the distribution is not uniform.
     return q if shape.source_width >= shape.target_width else q.T.contiguous()
 
 
@@ -153,6 +155,6 @@ def _principal(covariance: torch.Tensor, count: int) -> torch.Tensor:
     import torch
 
     _, vectors = torch.linalg.eigh(covariance)
-    basis = vectors.flip(1)[:, :count]
+    basis: torch.Tensor = vectors.flip(1)[:, :count]
     largest = basis.abs().argmax(0)
     return basis * torch.sign(basis[largest, torch.arange(count)])

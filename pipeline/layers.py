@@ -22,7 +22,9 @@ def uniform(num_source: int, num_target: int) -> LayerMap:
 
 
 def explicit(layers: Sequence[int | Sequence[int]], num_source: int, num_target: int) -> LayerMap:
-    """As the recipe lists them: one teacher layer, or several, for each student layer; negative ones count from the end.
+    """As the recipe lists them: one teacher layer, or several, for each student layer.
+
+    Negative layers count from the end.
 
     Raises:
         AlignmentError: if the list has another length than the student, or names a layer that is not there.

@@ -62,7 +62,7 @@ class Projector:
         for index, sources in enumerate(self.layers):
             joined = flat[:, sources].flatten(1)
             torch.addmm(self.biases[name][index], joined, self.weights[name][index], out=out[:, index])
-        return out.unflatten(2, (self.target.num_key_value_heads, self.target.head_dim))
+        return out.view(-1, *self.target.shape)
 
     def save(self, path: Path) -> None:
         """Writes `path` (safetensors) and beside it the card (`.json`)."""
@@ -116,7 +116,8 @@ def fit_projector(
         target: the student's geometry.
         layers: teacher layers for each student layer.
         heads: a name in `HEAD_MAPS`.
-        pairs: the teacher's keys and values on the student's tokens and, where the method needs them, the student's own;
+        pairs: the teacher's keys and values on the student's tokens and, where the method needs them, the student's
+        own;
             read once. Only rows that have a target.
         seed: of the `random` and widening maps.
 

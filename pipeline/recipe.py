@@ -1,7 +1,7 @@
 """The recipe: one YAML file that says everything of a run, checked to the last key.
 
-Each room owns the settings of its part; this file puts them together, applies `-s key=value` overrides, and turns what is
-wrong into one line that names the key and the nearest valid one.
+Each room owns the settings of its part; this file puts them together, applies `-s key=value` overrides, and turns
+what is wrong into one line that names the key and the nearest valid one.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Recipe(_Section):
     student: StudentSettings
     resample: ResampleSettings = ResampleSettings()
     project: ProjectSettings = ProjectSettings()
-    train: TrainSettings = TrainSettings()
+    train: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}))
 
     @field_validator("teachers")
     @classmethod

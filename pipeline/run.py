@@ -1,11 +1,12 @@
 """A recipe at a place: where each output lies, and the manifest that each store must have.
 
-Everything here is worked out from the recipe and its inputs, nothing is remembered: two processes, or two nodes, come to
-the same manifests.
+Everything here is worked out from the recipe and its inputs, nothing is remembered: two processes, or two nodes, come
+to the same manifests.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..extract import Corpus, Encoder, load_corpus
 from ..hub import (
     ModelSource,
     chat_template_digest,
+    config_geometry,
     find_model,
     load_tokenizer,
     model_geometry,
@@ -36,6 +38,19 @@ MIN_PARTS: Final = 8
 """A small corpus is still cut into this many parts, so that it can be shared out and resumed."""
 BYTES_PER_TOKEN: Final = 2.5
 """UTF-8 bytes of text per token, on the low side of today's tokenizers, for cutting the corpus into parts."""
+
+
+RECORD: Final = "kava.json"
+"""What a folder of weights says of itself."""
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record in a folder of weights; empty if there is none that can be read."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 class Run:
@@ -141,16 +156,38 @@ class Run:
         """The student's folder.
 
         Raises:
-            StageError: if it is not made yet.
+            StageError: if it is not made yet, or for other settings.
         """
         if not self.student_dir.is_dir():
-            raise StageError(f"the student is not made yet: {self.student_dir} is missing; run kava run --only student")
+            raise StageError(f"{self.student_dir} is not made yet; kava run --only student")
+        if read_record(self.student_dir).get("key") != self.student_key:
+            raise StageError(
+                f"{self.student_dir} is stale: student settings or corpus changed; kava run --only student"
+            )
         return find_model(str(self.student_dir.resolve()))
 
     @cached_property
     def student_geometry(self) -> KVGeometry:
         """The student's KV geometry."""
         return model_geometry(self.student_source)
+
+    def planned_student_geometry(self) -> KVGeometry:
+        """The student's KV geometry, also before it is made.
+
+        Raises:
+            ModelNotFoundError: if it is a model that cannot be reached.
+        """
+        settings = self.recipe.student
+        if read_record(self.student_dir).get("key") == self.student_key:
+            return self.student_geometry
+        if settings.model is not None:
+            source = find_model(
+                settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+            )
+            return model_geometry(source)
+        from ..train.student import student_config
+
+        return config_geometry(student_config(settings, None))
 
     @cached_property
     def samples_per_part(self) -> int:
@@ -169,8 +206,8 @@ class Run:
     @cached_property
     def student_key(self) -> str:
         """What determines the untrained student: its settings, and the texts of a tokenizer trained here."""
-        settings = self.recipe.student.model_dump(mode="json")
-        trained = isinstance(settings["tokenizer"], dict)
+        settings = self.recipe.student.model_dump(mode="json", exclude_defaults=True, exclude={"geometry"})
+        trained = isinstance(settings.get("tokenizer"), dict)
         return digest_json({"settings": settings, "corpus": self.corpus.digest if trained else None})
 
     def teacher_manifest(self, name: str) -> Manifest:
@@ -248,11 +285,12 @@ class Run:
 
     def trained_key(self) -> str:
         """What determines a trained student."""
-        settings = self.recipe.train.model_dump(mode="json")
+        how = {"name", "teacher", "logging_steps", "eval_steps", "save_steps", "num_workers"}
+        settings = self.recipe.train.model_dump(mode="json", exclude_defaults=True, exclude=how)
         return digest_json(
             {
                 "settings": settings,
-                "student": weights_digest(self.student_dir),
+                "student": weights_digest(Path(self.student_source.location)),
                 "targets": self.target_manifest(self.train_teacher).fingerprint,
             }
         )
@@ -276,7 +314,7 @@ class Run:
 
     def _manifest(self, **fields: Any) -> Manifest:
         pages = default_page_tokens(fields["geometry"], dtype_of(fields["dtype"]).itemsize)
-        defaults = {
+        defaults: dict[str, Any] = {
             "page_tokens": pages,
             "num_samples": len(self.corpus),
             "samples_per_part": self.samples_per_part,
@@ -286,7 +324,7 @@ class Run:
 
 
 def samples_per_part(sizes: list[float]) -> int:
-    """The largest number of consecutive samples of which no run exceeds `PART_BYTES`, and that gives `MIN_PARTS` parts."""
+    """The largest number of samples per part with which no part exceeds `PART_BYTES` and there are `MIN_PARTS`."""
     low, high = 1, max(1, -(-len(sizes) // MIN_PARTS))
     while low < high:
         middle = (low + high + 1) // 2

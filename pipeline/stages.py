@@ -3,8 +3,8 @@
     student ─┬─> reference ─┐
     extract ─┴──────────────┴─> [resample] ─> project ─> train
 
-A stage is done when its output says of itself what the recipe asks for. One whose recipe or inputs changed is stale; cheap
-stages are then made again, costly ones (a capture, a training) only with `--force`.
+A stage is done when its output says of itself what the recipe asks for. One whose recipe or inputs changed is stale;
+cheap stages are then made again, costly ones (a capture, a training) only with `--force`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,10 @@ from ..store import KVStore, Manifest, Split
 from ..store.files import disk_errors, write_atomic
 from .parallel import run_parts
 from .project import fit_projector
-from .run import Run
+from .run import RECORD, Run, read_record
 from .transform import Transform, calibration_pairs, student_encoder
 
 State = Literal["missing", "partial", "complete", "stale", "blocked"]
-RECORD = "kava.json"
-"""What a folder of weights says of itself."""
 
 
 @dataclass(frozen=True)
@@ -124,15 +122,18 @@ class StoreStage(Stage):
         return Status("complete", f"{total} parts" + (f", {failed} failed samples" if failed else ""))
 
     def outdated(self, store: KVStore) -> list[int]:
-        """Parts that were made from a parent part which is another one now, or is gone."""
-        parent = self.parent()
+        """Parts that were made from a parent part which is another one now."""
+        try:
+            parent = self.parent()
+        except StoreNotFoundError:  # Removed to save space: what was made from it stays good.
+            return []
         if parent is None:
             return []
         there = set(parent.committed_parts())
         return [
             number
             for number in store.committed_parts()
-            if number not in there or store.part(number).sources.get("parent") != _part_digest(parent, number)
+            if number in there and store.part(number).sources.get("parent") != _part_digest(parent, number)
         ]
 
 
@@ -150,8 +151,6 @@ class StudentStage(Stage):
         """Compares the record in the folder with the recipe."""
         if not self.output.is_dir():
             return Status("missing")
-        if _record(self.output).get("key") != self.run.student_key:
-            return Status("stale", "student settings, or the corpus its tokenizer was trained on, changed")
         return Status("complete", str(self.run.student_geometry))
 
     def make(self, scheduler: str | None) -> str:
@@ -238,7 +237,9 @@ class TransformStage(StoreStage):
         parent = self.parent()
         assert parent is not None
         if missing := parent.missing_parts():
-            raise StageError(f"{parent.path}: {len(missing)} of {parent.manifest.num_parts} parts are missing; make them first")
+            raise StageError(
+                f"{parent.path}: {len(missing)} of {parent.manifest.num_parts} parts are missing; make them first"
+            )
         return parent
 
     @abstractmethod
@@ -328,7 +329,7 @@ class TrainStage(Stage):
         key = self.run.trained_key()
         if not self.output.is_dir():
             return Status("missing")
-        record = _record(self.output)
+        record = read_record(self.output)
         if record.get("key") != key:
             return Status("stale", "train settings, the student or its targets changed")
         if "metrics" not in record:
@@ -403,8 +404,8 @@ def run_stages(
         if status.state == "stale":
             if stage.costly:
                 raise StageError(
-                    f"{stage.label}: {stage.output} is stale ({status.detail}); add --force {stage.name} to make it again, "
-                    "or write elsewhere (run_dir, train.name)"
+                    f"{stage.label}: {stage.output} is stale ({status.detail}); add --force {stage.name} to make it "
+                    "again, or write elsewhere (run_dir, train.name)"
                 )
             say(stage.label, f"stale ({status.detail}), made again")
             stage.discard()
@@ -424,7 +425,7 @@ def trained_students(run: Run) -> list[dict[str, Any]]:
     """The records of all finished students of a run, with their folders."""
     found = []
     for path in sorted((run.root / "students").glob(f"*/{RECORD}")):
-        record = _record(path.parent)
+        record = read_record(path.parent)
         if "metrics" in record:
             found.append({**record, "path": str(path.parent)})
     return found
@@ -470,14 +471,6 @@ def _describe(store: KVStore) -> str:
     return f"{store.num_tokens} tokens of {store.geometry}, {size:.1f} MB at {store.path}{note}"
 
 
-def _record(folder: Path) -> dict[str, Any]:
-    try:
-        record = json.loads((folder / RECORD).read_text())
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
 def _card(projector: Path) -> dict[str, Any]:
     try:
         card = json.loads(projector.with_suffix(".json").read_text())
@@ -489,4 +482,3 @@ def _card(projector: Path) -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
-

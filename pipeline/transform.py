@@ -1,7 +1,7 @@
 """The fused offline pass: one part of a teacher store in, the same part of a target store out.
 
-A part is one dask task. It streams sample by sample, so its memory is that of a sample, and it records the digest of the
-parent part, so that a part captured again makes exactly its own targets stale.
+A part is one dask task. It streams sample by sample, so its memory is that of a sample, and it records the digest of
+the parent part, so that a part captured again makes exactly its own targets stale.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from .project import Pair, Projector
 from .resample import RESAMPLERS, TimeMap, identity_map
 
 if TYPE_CHECKING:
-    import torch
-
     from ..extract import Tokens
 
 
@@ -83,7 +81,9 @@ class Transform:
         if self.resampler is not None:
             return RESAMPLERS[self.resampler](source.spans, tokens.spans)
         if len(source) != len(tokens) or (source.input_ids != tokens.input_ids).any():
-            raise StageError(f"{self.parent}: sample {source.sample_id!r} is not on this student's tokens; resample it again")
+            raise StageError(
+                f"{self.parent}: sample {source.sample_id!r} is not on this student's tokens; resample it again"
+            )
         return identity_map(len(tokens), source.mask)
 
 

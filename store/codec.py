@@ -1,7 +1,8 @@
 """What is done to a page of keys or values between memory and disk.
 
 Every codec ends in CRC-32C: without a checksum in the chunk, flipped payload bits decode silently into wrong numbers.
-A codec is one value here: its Zarr metadata, so that any Zarr v3 reader opens the store, and the same thing as a function.
+A codec is one value here: its Zarr metadata, so that any Zarr v3 reader opens the store, and the same thing as a
+function.
 """
 
 from __future__ import annotations
@@ -49,11 +50,7 @@ class Codec:
 
     def encode(self, page: np.ndarray[Any, Any]) -> bytes:
         """One page, C-contiguous and little-endian, as the bytes of its chunk."""
-        payload: bytes
-        if self.compress:
-            payload = blosc.compress(page, b"zstd", 1, blosc.SHUFFLE, _BLOCK)
-        else:
-            payload = page.tobytes()
+        payload: bytes = blosc.compress(page, b"zstd", 1, blosc.SHUFFLE, _BLOCK) if self.compress else page.tobytes()
         return payload + _CRC.pack(crc32c(payload))
 
     def decode(self, chunk: memoryview, out: np.ndarray[Any, Any]) -> None:

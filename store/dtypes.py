@@ -34,7 +34,7 @@ class DType:
         return np.dtype(self.numpy).itemsize
 
     @property
-    def torch(self) -> torch.dtype:
+    def torch_dtype(self) -> torch.dtype:
         """The torch dtype."""
         import torch
 
@@ -46,9 +46,9 @@ class DType:
         """The tensor, cast to this dtype, as the array of on-disk dtype (bfloat16 as its uint16 bits)."""
         import torch
 
-        tensor = tensor.detach().to("cpu", self.torch).contiguous()
+        tensor = tensor.detach().to("cpu", self.torch_dtype).contiguous()
         if self.name == "bfloat16":
-            return tensor.view(torch.int16).numpy().view(np.uint16)
+            return np.asarray(tensor.view(torch.int16).numpy().view(np.uint16))
         return np.asarray(tensor.numpy())
 
     def to_torch(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
@@ -62,7 +62,7 @@ class DType:
     def to_float32(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """The on-disk array as float32 numbers (exact for all three dtypes)."""
         if self.name == "bfloat16":
-            return (array.astype(np.uint32) << 16).view(np.float32)
+            return np.asarray((array.astype(np.uint32) << 16).view(np.float32))
         return array.astype(np.float32)
 
 

@@ -31,7 +31,9 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise RetryLaterError(
                 f"{path}: {reason.lower()}; make room and run the same command again, finished parts are kept"
             ) from error
-        raise StoreError(f"{path}: cannot write here: {reason.lower()}; choose another run_dir or its rights") from error
+        raise StoreError(
+            f"{path}: cannot write here: {reason.lower()}; choose another run_dir or its rights"
+        ) from error
 
 
 def fsync(path: Path) -> None:

@@ -18,8 +18,8 @@ def digest_json(value: Any) -> str:
 def digest_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as 32 hexadecimal digits.
 
-    The digest of a file above 1 MiB is remembered in the user's cache folder under its path, size, inode and modification
-    time: a 15 GB checkpoint is read once, not at every `kava status`.
+    The digest of a file above 1 MiB is remembered in the user's cache folder under its path, size, inode and
+    modification time: a 15 GB checkpoint is read once, not at every `kava status`.
     """
     stat = path.stat()
     if stat.st_size < 1 << 20:

@@ -45,7 +45,7 @@ class Manifest(_Strict):
 
     format_version: Literal[1] = FORMAT_VERSION
     kind: Literal["capture", "resampled", "target"]
-    """`capture`: as a model computed it; `resampled`: on the student's tokens; `target`: in the student's geometry too."""
+    """`capture`: as computed; `resampled`: on the student's tokens; `target`: in the student's geometry too."""
     geometry: KVGeometry
     dtype: Literal["bfloat16", "float16", "float32"]
     codec: str

@@ -1,8 +1,8 @@
 """A part: the unit of writing, commit, rerun and verification.
 
-A part is a Zarr group, written under a hidden name, flushed, and renamed into place. Its attributes name every file with
-size and checksum, so that a missing or exchanged file is noticed when the part is opened, and the digests of the parent
-parts it was made from.
+A part is a Zarr group, written under a hidden name, flushed, and renamed into place. Its attributes name every file
+with size and checksum, so that a missing or exchanged file is noticed when the part is opened, and the digests of the
+parent parts it was made from.
 """
 
 from __future__ import annotations
@@ -277,7 +277,10 @@ class PartReader:
             raise SampleFailedError(f"{self.root}: sample {self.ids[position]!r} failed: {self.failed[position]}")
         start, length = int(self.starts[position]), int(self.lengths[position])
         rows = {name: array[start : start + length] for name, array in self.rows.items()}
-        kv = {name: self.read(name, position) if wanted else None for name, wanted in zip(_KV, (keys, values), strict=True)}
+        kv = {
+            name: self.read(name, position) if wanted else None
+            for name, wanted in zip(_KV, (keys, values), strict=True)
+        }
         return KVSample(
             sample_id=self.ids[position],
             split=Split(int(self.splits[position])),
@@ -342,7 +345,7 @@ def _host() -> str:
 
 
 def _layer_sums(array: np.ndarray[Any, Any], mask: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """`[3, l]`: sum and sum of squares over tokens that have a target, and a value that is finite iff all numbers are."""
+    """`[3, l]`: sum and sum of squares over tokens with a target, and a value that is finite iff all numbers are."""
     every = array.sum(axis=(0, 2, 3), dtype=np.float64)
     chosen = array if mask.all() else array[mask]
     total = every if chosen is array else chosen.sum(axis=(0, 2, 3), dtype=np.float64)

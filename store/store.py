@@ -68,7 +68,7 @@ class KVStore(Sequence[KVSample]):
             if found := store.manifest.differences(manifest):
                 fields = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in found.items())
                 raise ManifestMismatchError(
-                    f"{path} holds other content ({fields}). Rerun with --force to replace it, or choose another run_dir"
+                    f"{path} holds other content ({fields}). Replace it with --force, or choose another run_dir"
                 )
             remove_leftovers(path)
             return store

@@ -35,7 +35,7 @@ class Damage:
 
 
 def verify_store(store: KVStore, on_part: Callable[[int], None] = lambda part: None) -> list[Damage]:
-    """Checks every committed part: its table, each file's checksum, each chunk of keys and values, each sample's rows."""
+    """Checks every committed part: its table, each file's checksum, each chunk, each sample's rows."""
     found: list[Damage] = []
     for number in store.committed_parts():
         found += verify_part(store, number)
@@ -71,9 +71,7 @@ def verify_part(store: KVStore, number: int) -> list[Damage]:
 def _rows(part: PartReader) -> list[Damage]:
     stop = part.starts + part.lengths
     wrong = (part.starts % part.manifest.page_tokens != 0) | (part.lengths < 0) | (stop > part.attributes["num_rows"])
-    return [
-        Damage(part.index, "start", None, (part.ids[i],), "rows outside the part") for i in np.flatnonzero(wrong)
-    ]
+    return [Damage(part.index, "start", None, (part.ids[i],), "rows outside the part") for i in np.flatnonzero(wrong)]
 
 
 def _chunks(part: PartReader, name: str) -> list[Damage]:

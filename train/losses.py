@@ -70,7 +70,9 @@ class KVLoss:
         std = {name: tuple(statistics[f"{name}_std"].tolist()) for name in ("keys", "values")}
         for name, weight in (("keys", key_weight), ("values", value_weight)):
             if weight and (flat := [layer for layer in chosen if not std[name][layer] > 0]):
-                raise StageError(f"{store.path}: the target {name} of layer {flat[0]} never vary; choose another projection")
+                raise StageError(
+                    f"{store.path}: the target {name} of layer {flat[0]} never vary; choose another projection"
+                )
         return cls(loss, key_weight, value_weight, chosen, std)
 
     def __call__(

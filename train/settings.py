@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from ..store import KVGeometry
 
 
 class _Settings(BaseModel):
@@ -27,6 +38,8 @@ class StudentSettings(_Settings):
     """A transformers config (`model_type`, `hidden_size`, ...), for random weights. `vocab_size` is the tokenizer's."""
     tokenizer: str | ByteLevelBPE | None = None
     """A hub id or folder, or a tokenizer to train; None for that of `model`."""
+    geometry: KVGeometry | None = None
+    """What the KV geometry is expected to be: checked when the student is made, used for planning where it is not."""
     chat_template: bool = False
     """Wrap samples in the student's chat template."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

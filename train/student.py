@@ -26,7 +26,7 @@ def make_student(settings: StudentSettings, folder: Path, texts: Iterable[str]) 
         texts: what a new tokenizer is trained on.
 
     Raises:
-        RecipeError: if the config is not one of a causal language model that kava knows.
+        RecipeError: if the config is not one of a causal language model that kava knows, or has another geometry.
         ModelNotFoundError: if a model or tokenizer cannot be loaded.
     """
     import torch
@@ -40,7 +40,9 @@ def make_student(settings: StudentSettings, folder: Path, texts: Iterable[str]) 
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype))
-    probe_geometry(model)
+    geometry = probe_geometry(model)
+    if settings.geometry is not None and settings.geometry != geometry:
+        raise RecipeError(f"student.geometry: the recipe states {settings.geometry}, the model has {geometry}")
     temporary = folder.with_name(f".{folder.name}.tmp")
     with disk_errors(folder):
         shutil.rmtree(temporary, ignore_errors=True)

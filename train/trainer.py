@@ -1,7 +1,7 @@
 """Hugging Face's Trainer with `CE + alpha * KV` as its loss.
 
-Packing of steps, devices, precision, checkpoints and resuming are the Trainer's. Ours are the loss, held-out metrics that
-weigh every token the same, and the refusal of targets that are not this student's.
+Packing of steps, devices, precision, checkpoints and resuming are the Trainer's. Ours are the loss, held-out metrics
+that weigh every token the same, and the refusal of targets that are not this student's.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import RecipeError, StageError
 from ..hub import tokenizer_digest
 from ..store import KVStore, Split
-from ..store.files import disk_errors, write_atomic
+from ..store.files import disk_errors
 from ..tap import KVTap, probe_geometry
 from .data import IGNORED, TargetCollator, TargetDataset
 from .losses import KVLoss
@@ -95,6 +95,7 @@ def train_student(
             kv_loss=loss,
             alpha=settings.alpha,
         )
+        trainer.remove_callback(PrinterCallback)
         checkpoint = get_last_checkpoint(str(out / "checkpoints")) if (out / "checkpoints").is_dir() else None
         if checkpoint is None:
             (out / "metrics.jsonl").unlink(missing_ok=True)
@@ -118,6 +119,7 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = False
         self.kv_loss, self.alpha = kv_loss, alpha
         self._terms = _Mean()
+        self._heldout: tuple[int, dict[str, float]] = (-1, {})
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -134,6 +136,8 @@ class KVTrainer(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out CE over all predicted tokens, per byte of text, and the KV loss; logs and returns them."""
+        if self._heldout[0] == self.state.global_step:
+            return self._heldout[1]
         model = self.model
         training = model.training
         model.eval()
@@ -160,6 +164,7 @@ class KVTrainer(Trainer):  # type: ignore[misc]
             **{f"heldout_{name}": value for name, value in kv_terms.take().items()},
         }
         self.log(metrics)
+        self._heldout = (self.state.global_step, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -172,7 +177,9 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         """Summed cross-entropy, number of predicted tokens, and the KV terms if there are targets."""
         tapped = self.kv_loss is not None
         with KVTap(self.accelerator.unwrap_model(model), layers=self.kv_loss.layers if self.kv_loss else ()) as tap:
-            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+            logits = model(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+            ).logits
         labels = inputs["labels"][:, 1:]
         ce = F.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
@@ -248,6 +255,7 @@ def _arguments(settings: TrainSettings, out: Path, *, has_heldout: bool) -> Any:
         "dataloader_num_workers": settings.num_workers,
         "seed": settings.seed,
         "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": True,
         "remove_unused_columns": False,
         **settings.arguments,
@@ -273,8 +281,3 @@ def _check_targets(store: KVStore, model: Any, tokenizer: Any, corpus_digest: st
         problems.append(f"corpus: {manifest.corpus_digest} there, {corpus_digest} in the recipe")
     if problems:
         raise StageError(f"{store.path} was made for another student ({'; '.join(problems)}); run kava project again")
-
-
-def write_result(path: Path, record: dict[str, Any]) -> None:
-    """Saves the record of a finished training beside the student."""
-    write_atomic(path, json.dumps(record, indent=2).encode())

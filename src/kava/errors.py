@@ -9,7 +9,8 @@ what is wrong, where, and how to mend it, in one line; the command line prints i
     ├── AlignmentError            2   ValueError        tokens, spans, indices, layers or heads that do not fit
     ├── UnsupportedModelError     2   NotImplementedError
     ├── ModelNotFoundError        2   FileNotFoundError
-    ├── StoreError                2   ValueError
+    │   └── HubUnreachableError   2                     a model or data set is not in the local cache, and there is no
+    network ├── StoreError                2   ValueError
     │   ├── StoreNotFoundError    2   FileNotFoundError
     │   ├── ManifestMismatchError 2                     a store of other content, naming every differing field
     │   ├── SampleFailedError     2   LookupError       this sample has no K/V; the reason was recorded
@@ -49,6 +50,17 @@ class UnsupportedModelError(KavaError, NotImplementedError):
 
 class ModelNotFoundError(KavaError, FileNotFoundError):
     """A model or tokenizer could not be found or loaded."""
+
+
+class HubUnreachableError(ModelNotFoundError):
+    """The hub cannot be reached and what is wanted is not in the local cache."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"{name!r} is not in the local cache (HF_HOME) and the hub cannot be reached; fetch it on a node with "
+            "network, or name a local folder"
+        )
+        self.name = name
 
 
 class StoreError(KavaError, ValueError):

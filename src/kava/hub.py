@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from .errors import ModelNotFoundError
+from .errors import HubUnreachableError, ModelNotFoundError
 from .store import KVGeometry, ModelIdentity, cache_folder, digest_file, digest_json
 from .tap import attention_layout, probe_geometry
 
@@ -36,6 +36,8 @@ class ModelSource:
     gguf_file: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    stamp: int = 0
+    """Changes when a local folder or file is replaced, so that nothing remembered of the old one is used."""
 
     @property
     def is_local(self) -> bool:
@@ -50,7 +52,7 @@ class ModelSource:
             options["revision"] = self.revision
         if self.gguf_file:
             options["gguf_file"] = self.gguf_file
-        if not self.is_local and not _hub_reachable():
+        if not self.is_local and not hub_reachable():
             options["local_files_only"] = True
         return options
 
@@ -77,7 +79,28 @@ def find_model(name: str, *, revision: str | None = None, trust_remote_code: boo
     else:
         return ModelSource(name, location, revision=revision, trust_remote_code=trust_remote_code)
     folder, gguf = (str(path.parent), path.name) if path.is_file() else (str(path), None)
-    return ModelSource(name, folder, gguf, revision, trust_remote_code)
+    stat = path.stat()
+    return ModelSource(name, folder, gguf, revision, trust_remote_code, stat.st_mtime_ns ^ stat.st_ino)
+
+
+@cache
+def hub_reachable() -> bool:
+    """Whether the hub's name resolves; if not, the hub's libraries are told to look in their cache only.
+
+    Without this every lookup on an offline node retries for half a minute.
+    """
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        from huggingface_hub import constants
+
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        constants.HF_HUB_OFFLINE = True
+        return False
+    return True
 
 
 @cache
@@ -142,11 +165,19 @@ def load_model(source: ModelSource, *, dtype: str, device: str = "auto") -> Any:
 
 @cache
 def model_geometry(source: ModelSource) -> KVGeometry:
-    """The KV geometry of a model, from its config alone: counted on a forward pass without weights."""
+    """The KV geometry of a model, from its config alone."""
+    return config_geometry(load_config(source))
+
+
+def config_geometry(config: Any) -> KVGeometry:
+    """The KV geometry that a config leads to: counted on a forward pass without weights.
+
+    Raises:
+        UnsupportedModelError: if its architecture is not known.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = load_config(source)
     attention_layout(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(_unquantized(config))
@@ -218,19 +249,6 @@ def _densified(model: Any) -> Any:
     return model
 
 
-@cache
-def _hub_reachable() -> bool:
-    """Whether the hub's name resolves: without this, every lookup on an offline node retries for half a minute."""
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        return False
-    return True
-
-
 def _unquantized(config: Any) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -240,7 +258,7 @@ def _unquantized(config: Any) -> Any:
 def _commit(source: ModelSource) -> str | None:
     from transformers.utils import cached_file
 
-    offline = not _hub_reachable()
+    offline = not hub_reachable()
     with _loading(source):
         path = cached_file(source.location, "config.json", revision=source.revision, local_files_only=offline)
     parent = Path(path or "").parent
@@ -252,10 +270,7 @@ def _loading(source: ModelSource) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
-        if "local_files_only" in source.options:
-            raise ModelNotFoundError(
-                f"model {source.name!r}: the model hub cannot be reached and the model is not in the local cache "
-                "(HF_HOME); fetch it on a node with network, or name a local folder"
-            ) from error
+        if not source.is_local and not hub_reachable():
+            raise HubUnreachableError(source.name) from error
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ModelNotFoundError(f"model {source.name!r} cannot be loaded: {reason}") from error

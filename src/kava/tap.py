@@ -56,8 +56,8 @@ def attention_layout(config: Any) -> AttentionLayout:
     """
     if config.model_type not in ATTENTION_LAYOUTS:
         raise UnsupportedModelError(
-            f"architecture {config.model_type!r} is not supported: it is not known where it keeps its keys before rotary "
-            f"embedding. Supported: {', '.join(ATTENTION_LAYOUTS)}. To add one, see docs/architecture.md"
+            f"architecture {config.model_type!r} is not supported: it is not known where it keeps its keys before "
+            f"rotary embedding. Supported: {', '.join(ATTENTION_LAYOUTS)}. To add one, see docs/architecture.md"
         )
     return ATTENTION_LAYOUTS[config.model_type]
 
@@ -107,16 +107,21 @@ class KVTap:
         def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
             if layout.fused:
                 width = attention.num_key_value_heads * head_dim
-                self.keys[index] = output[..., -2 * width : -width].unflatten(-1, (-1, head_dim))
-                self.values[index] = output[..., -width:].unflatten(-1, (-1, head_dim))
+                self.keys[index] = _heads(output[..., -2 * width : -width], head_dim)
+                self.values[index] = _heads(output[..., -width:], head_dim)
                 return
             if name == layout.keys:
-                heads = output if output.dim() == 4 else output.unflatten(-1, (-1, head_dim))
+                heads = output if output.dim() == 4 else _heads(output, head_dim)
                 self.keys[index] = heads.transpose(1, 2) if layout.heads_first else heads
             if name == layout.values:
-                self.values[index] = output.unflatten(-1, (-1, head_dim))
+                self.values[index] = _heads(output, head_dim)
 
         return hook
+
+
+def _heads(flat: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """`[b, t, h * d]` as `[b, t, h, d]`."""
+    return flat.view(*flat.shape[:-1], -1, head_dim)
 
 
 def decoder(model: Any) -> Any:

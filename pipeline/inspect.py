@@ -1,0 +1,160 @@
+"""`kava inspect`: a store, for a person."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+
+from ..errors import StoreError
+from ..store import KVSample, KVStore, Segment, Split
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .run import Run
+
+
+def inspect_store(path: Path, out: Console, *, sample: str | None, recipe: Path | None, as_json: bool) -> None:
+    """Prints a store's manifest, sizes and statistics, or one sample's tokens."""
+    store = KVStore.open(path)
+    if sample is not None:
+        _print_sample(store, _find(store, sample), _run_of(path, recipe), out)
+        return
+    facts = _facts(store)
+    if as_json:
+        manifest = store.manifest.model_dump(mode="json")
+        statistics = {name: values.tolist() for name, values in store.statistics().items()}
+        out.print_json(
+            json.dumps({"manifest": manifest, "facts": facts, "statistics": statistics, "failed": store.failed})
+        )
+        return
+    _print_store(store, facts, out)
+
+
+def _facts(store: KVStore) -> dict[str, Any]:
+    parts = [store.part(number) for number in store.committed_parts()]
+    lengths = np.concatenate([p.lengths for p in parts]) if parts else np.zeros(0, np.int32)
+    real = lengths[lengths > 0]
+    segments = sum(
+        (np.bincount(p.rows["segments"], minlength=len(Segment)) for p in parts), np.zeros(len(Segment), int)
+    )
+    splits = np.concatenate([p.splits for p in parts]) if parts else np.zeros(0, np.uint8)
+    raw = int(real.sum()) * store.geometry.bytes_per_token(store.dtype.itemsize)
+    disk = store.size_on_disk()
+    return {
+        "parts": f"{len(parts)} of {store.manifest.num_parts}",
+        "samples": {s.name.lower(): int((splits == int(s)).sum()) for s in Split},
+        "failed": len(store.failed),
+        "tokens": int(real.sum()),
+        "tokens_with_target": sum(p.statistics["tokens"] for p in parts),
+        "tokens_per_sample": [int(real.min()), int(np.median(real)), int(real.max())] if len(real) else [],
+        "tokens_by_segment": {s.name.lower(): int(segments[s]) for s in Segment if s},
+        "bytes_per_token": store.geometry.bytes_per_token(store.dtype.itemsize),
+        "bytes_on_disk": disk,
+        "disk_to_raw": round(disk / raw, 3) if raw else None,
+    }
+
+
+def _print_store(store: KVStore, facts: dict[str, Any], out: Console) -> None:
+    m = store.manifest
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    rope = ", ".join(f"{k} {v}" for k, v in m.model.rope.items() if not isinstance(v, dict)) or "none stated"
+    spread = "{} to {}, median {}".format(*[(facts["tokens_per_sample"] or [0, 0, 0])[i] for i in (0, 2, 1)])
+    disk = facts["bytes_on_disk"] / 1e6
+    weights = m.model.revision or m.model.weights_digest or "no revision"
+    rows = {
+        "store": str(store.path),
+        "kind": m.kind,
+        "model": f"{m.model.id} ({weights}), computed in {m.model.compute_dtype}",
+        "geometry": str(m.geometry),
+        "keys": f"before rotary embedding; the model rotates with: {rope}",
+        "stored as": f"{m.dtype}, codec {m.codec}, pages of {m.page_tokens} tokens, parts of {m.samples_per_part}",
+        "parts": facts["parts"],
+        "samples": ", ".join(f"{count} {name}" for name, count in facts["samples"].items())
+        + f", {facts['failed']} failed",
+        "tokens": f"{facts['tokens']:,} ({facts['tokens_with_target']:,} with K/V), per sample {spread}",
+        "segments": ", ".join(f"{count:,} {name}" for name, count in facts["tokens_by_segment"].items()),
+        "size": f"{disk:.1f} MB, {facts['disk_to_raw']} of {facts['bytes_per_token']:,} B/token raw",
+        "made with": ", ".join(f"{name} {version}" for name, version in m.versions.items()),
+        "parameters": json.dumps(m.parameters) if m.parameters else "none",
+        "parents": ", ".join(f"{name} {fingerprint}" for name, fingerprint in m.parents.items()) or "none",
+        "tokenizer": m.tokenizer_digest,
+        "corpus": m.corpus_digest,
+        "fingerprint": m.fingerprint,
+    }
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    out.print(table)
+    if facts["tokens_with_target"]:
+        statistics = store.statistics()
+        layers = Table("layer", "keys mean", "keys std", "values mean", "values std", box=None, pad_edge=False)
+        for layer in range(store.geometry.num_layers):
+            columns = ("keys_mean", "keys_std", "values_mean", "values_std")
+            layers.add_row(str(layer), *(f"{statistics[name][layer]:.4f}" for name in columns))
+        out.print()
+        out.print(layers)
+    for sample_id, reason in store.failed.items():
+        out.print(f"failed: {sample_id}: {reason}", markup=False, style="yellow")
+
+
+def _print_sample(store: KVStore, index: int, run: Run | None, out: Console) -> None:
+    sample = store[index]
+    assert sample.keys is not None
+    assert sample.values is not None
+    text, tokenizer = _text_and_tokenizer(store, sample, run)
+    out.print(f"sample {index}, id {sample.sample_id}, {sample.split.name.lower()}, {len(sample)} tokens", markup=False)
+    keys, values = (t.float().flatten(2).norm(dim=-1).mean(1).tolist() for t in (sample.keys, sample.values))
+    table = Table("row", "id", "token", "span", "text", "segment", "target", "|k|", "|v|", box=None, pad_edge=False)
+    for row in range(len(sample)):
+        start, stop = sample.spans[row].tolist()
+        token = "" if tokenizer is None else repr(tokenizer.convert_ids_to_tokens(int(sample.input_ids[row])))
+        table.add_row(
+            str(row),
+            str(sample.input_ids[row]),
+            escape(token),
+            f"{start}-{stop}" if stop > start else "",
+            "" if text is None or stop == start else escape(repr(text[start:stop].decode("utf-8", "replace"))),
+            Segment(int(sample.segments[row])).name.lower(),
+            "yes" if sample.mask[row] else "no",
+            f"{keys[row]:.2f}",
+            f"{values[row]:.2f}",
+        )
+    out.print(table)
+
+
+def _find(store: KVStore, sample: str) -> int:
+    if sample in store.index_of:
+        return store.index_of[sample]
+    if sample.lstrip("-").isdigit() and -len(store) <= int(sample) < len(store):
+        return int(sample) % len(store)
+    raise StoreError(f"{store.path}: there is no sample {sample!r}; give a number below {len(store)} or an id")
+
+
+def _run_of(path: Path, recipe: Path | None) -> Run | None:
+    """The run that the store belongs to: by the recipe given, or the one saved in the run's folder."""
+    from .recipe import load_recipe
+    from .run import Run
+
+    beside = [folder / "recipe.yaml" for folder in (path.resolve().parent, path.resolve().parent.parent)]
+    found = recipe or next((p for p in beside if p.is_file()), None)
+    return None if found is None else Run(load_recipe(found))
+
+
+def _text_and_tokenizer(store: KVStore, sample: KVSample, run: Run | None) -> tuple[bytes | None, Any]:
+    if run is None:
+        return None, None
+    from ..hub import load_tokenizer, tokenizer_digest
+
+    record = next((r for r in run.corpus.records if r.sample_id == sample.sample_id), None)
+    sources = [run.teacher_source(name) for name in run.recipe.teachers]
+    sources += [run.student_source] if run.student_dir.is_dir() else []
+    tokenizers = (load_tokenizer(source) for source in sources)
+    wanted = store.manifest.tokenizer_digest
+    tokenizer = next((t for t in tokenizers if tokenizer_digest(t) == wanted), None)
+    return None if record is None else record.text.encode(), tokenizer
