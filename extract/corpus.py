@@ -1,7 +1,8 @@
 """Corpus records: where they come from, what their segments are, which are held out.
 
-The *canonical text* of a record is what every model reads. Segments come from the record's fields, never from words
-in the text. A separator between two fields belongs to the segment that follows it.
+The *canonical text* of a record is what every model reads; it is in Unicode's composed form (NFC), because some
+tokenizers compose it anyway and byte spans must be of one text. Segments come from the record's fields, never from
+words in the text. A separator between two fields belongs to the segment that follows it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -269,7 +271,7 @@ def _assemble(pieces: list[tuple[str, str, Segment]], separator: str, sample_id:
         if number:
             text += separator
         content_start = len(text)
-        text += content
+        text += unicodedata.normalize("NFC", content)
         segments.append((start, len(text), segment))
         if turns and turns[-1][0] == role == "assistant" and segment == Segment.ANSWER:
             turns[-1] = (role, turns[-1][1], len(text))  # Rationale and answer are one message.

@@ -189,6 +189,16 @@ def _offset_spans(pieces: list[bytes | None], offsets: list[tuple[int, int]], te
         else:
             spans[first:last], spans[last] = low, (low, high)
         first, reached = last + 1, high
+    return _without_gaps(spans, len(text.encode()))
+
+
+def _without_gaps(spans: _Spans, size: int) -> _Spans:
+    """Bytes that a normaliser took from between tokens belong to the token before them, or to the first."""
+    filled = np.flatnonzero(spans[:, 1] > spans[:, 0])
+    if len(filled):
+        spans[filled[0], 0] = 0
+        spans[filled[:-1], 1] = spans[filled[1:], 0]
+        spans[filled[-1], 1] = size
     return spans
 
 

@@ -137,7 +137,7 @@ def fit_projector(
     }
     if method.needs != "nothing":
         for teacher, student in pairs:
-            _accumulate(moments, layers, teacher, student)
+            _accumulate(moments, layers, teacher, student if method.needs == "student" else None)
         if moments["keys"][0].count < 2:
             raise AlignmentError(f"project.heads: {heads} has no calibration tokens to be fitted on")
     weights: dict[str, list[torch.Tensor]] = {}

@@ -9,7 +9,7 @@ from .codec import CODECS, Codec
 from .dtypes import DTYPES, DType
 from .fingerprint import cache_folder, digest_file, digest_json
 from .geometry import KVGeometry
-from .manifest import FORMAT_VERSION, Manifest, ModelIdentity
+from .manifest import FORMAT_VERSION, Manifest, ModelIdentity, default_page_tokens
 from .part import PartReader, PartWriter
 from .sample import SEGMENTS, SPLITS, KVBatch, KVSample, Segment, Split, collate
 from .store import KVStore
@@ -38,6 +38,7 @@ __all__ = [
     "Split",
     "cache_folder",
     "collate",
+    "default_page_tokens",
     "digest_file",
     "digest_json",
     "verify_store",

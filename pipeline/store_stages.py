@@ -1,0 +1,265 @@
+"""The stages whose output is a store: captures, and what is made from them part by part."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+from ..errors import KavaError, StageError, StoreError, StoreNotFoundError
+from ..extract import Encoder, capture_store
+from ..progress import progress
+from ..store import KVStore, Manifest
+from .parallel import run_parts
+from .project import fit_projector
+from .run import Run
+from .stage import Stage, Status
+from .transform import Transform, calibration_pairs, student_encoder
+
+
+class StoreStage(Stage):
+    """A stage whose output is a store."""
+
+    @abstractmethod
+    def manifest(self) -> Manifest:
+        """What the store must say of itself."""
+
+    def parent(self) -> KVStore | None:
+        """The store it is made from, part by part."""
+        return None
+
+    def inspect(self) -> Status:
+        """Compares the store on disk with the manifest that the recipe asks for."""
+        wanted = self.manifest()
+        try:
+            store = KVStore.open(self.output)
+        except StoreNotFoundError:
+            return Status("missing")
+        if found := store.manifest.differences(wanted):
+            return Status("stale", ", ".join(f"{n}: {_short(old)} -> {_short(new)}" for n, (old, new) in found.items()))
+        missing, total = store.missing_parts(), wanted.num_parts
+        outdated = self.outdated(store)
+        if missing or outdated:
+            rewritten = f", {len(outdated)} to be made again" if outdated else ""
+            return Status("partial", f"{total - len(missing)} of {total} parts{rewritten}")
+        failed = len(store.failed)
+        return Status("complete", f"{total} parts" + (f", {failed} failed samples" if failed else ""))
+
+    def outdated(self, store: KVStore) -> list[int]:
+        """Parts that were made from a parent part which is another one now."""
+        try:
+            parent = self.parent()
+        except StoreNotFoundError:  # Removed to save space: what was made from it stays good.
+            return []
+        if parent is None:
+            return []
+        there = set(parent.committed_parts())
+        return [
+            number
+            for number in store.committed_parts()
+            if number in there and store.part(number).sources.get("parent") != _part_digest(parent, number)
+        ]
+
+
+class ExtractStage(StoreStage):
+    """The capture of one teacher."""
+
+    name = "extract"
+    costly = True
+
+    @property
+    def output(self) -> Path:
+        """The teacher store."""
+        return self.run.teacher_path(self._teacher)
+
+    def manifest(self) -> Manifest:
+        """From the recipe."""
+        return self.run.teacher_manifest(self._teacher)
+
+    def make(self, scheduler: str | None) -> str:
+        """Runs the teacher over the parts that are missing."""
+        from ..extract.hf import HFTeacher
+
+        settings = self.run.teacher(self._teacher)
+        store = KVStore.create(self.output, self.manifest())
+        teacher = HFTeacher.load(self.run.teacher_source(self._teacher), dtype=settings.dtype, device=settings.device)
+        _capture(self.label, store, self.run.corpus, self.run.teacher_encoder(self._teacher), teacher, self.run)
+        return _describe(store)
+
+
+class ReferenceStage(StoreStage):
+    """The student's own keys and values before training, captured like a teacher's."""
+
+    name = "reference"
+
+    @property
+    def output(self) -> Path:
+        """The reference store."""
+        return self.run.reference_path
+
+    def manifest(self) -> Manifest:
+        """From the recipe and the student."""
+        return self.run.reference_manifest
+
+    def make(self, scheduler: str | None) -> str:
+        """Runs the untrained student over the calibration samples."""
+        from ..extract.hf import HFTeacher
+
+        store = KVStore.create(self.output, self.manifest())
+        student = HFTeacher.load(self.run.student_source, dtype="float32")
+        _capture(self.label, store, self.run.calibration, _student_encoder(self.run), student, self.run)
+        return _describe(store)
+
+
+class TransformStage(StoreStage):
+    """A store made from a teacher's, part by part."""
+
+    def make(self, scheduler: str | None) -> str:
+        """Runs the transform over the parts that are missing or outdated."""
+        parent = self.complete_parent()
+        store = KVStore.create(self.output, self.manifest())
+        for number in self.outdated(store):
+            store.drop_part(number)
+        transform = self.prepare(parent)
+        missing = store.missing_parts()
+        with progress(self.label, len(missing), "parts") as advance:
+            run_parts(transform, missing, scheduler=scheduler, on_part=lambda part: advance(1))
+        return _describe(store)
+
+    def complete_parent(self) -> KVStore:
+        """The parent store.
+
+        Raises:
+            StageError: if parts of it are missing.
+        """
+        parent = self.parent()
+        assert parent is not None
+        if missing := parent.missing_parts():
+            raise StageError(
+                f"{parent.path}: {len(missing)} of {parent.manifest.num_parts} parts are missing; make them first"
+            )
+        return parent
+
+    @abstractmethod
+    def prepare(self, parent: KVStore) -> Transform:
+        """What to do to each part, with everything fitted."""
+
+
+class ResampleStage(TransformStage):
+    """A teacher's capture on the student's tokens, in the teacher's geometry."""
+
+    name = "resample"
+
+    @property
+    def output(self) -> Path:
+        """The resampled store."""
+        return self.run.resampled_path(self._teacher)
+
+    def manifest(self) -> Manifest:
+        """From the recipe, the teacher store and the student."""
+        return self.run.resampled_manifest(self._teacher)
+
+    def parent(self) -> KVStore:
+        """The teacher store."""
+        return KVStore.open(self.run.teacher_path(self._teacher))
+
+    def prepare(self, parent: KVStore) -> Transform:
+        """Time only."""
+        return _transform(self.run, parent, self.output, self.run.recipe.resample.method, None)
+
+
+class ProjectStage(TransformStage):
+    """Targets: a teacher's capture on the student's tokens and in the student's geometry."""
+
+    name = "project"
+
+    @property
+    def output(self) -> Path:
+        """The target store."""
+        return self.run.target_path(self._teacher)
+
+    def manifest(self) -> Manifest:
+        """From the recipe, the teacher store, the student and its reference."""
+        return self.run.target_manifest(self._teacher)
+
+    def parent(self) -> KVStore:
+        """The resampled store where the recipe wants one, else the teacher's: then both are done in one pass."""
+        materialized = self.run.recipe.resample.materialize
+        path = self.run.resampled_path if materialized else self.run.teacher_path
+        return KVStore.open(path(self._teacher))
+
+    def prepare(self, parent: KVStore) -> Transform:
+        """Fits the projector, unless the one on disk was fitted for this very store."""
+        run, recipe = self.run, self.run.recipe
+        path = run.projector_path(self._teacher)
+        resampler = None if recipe.resample.materialize else recipe.resample.method
+        transform = _transform(run, parent, self.output, resampler, None)
+        wanted = self.manifest().fingerprint
+        if not (path.exists() and _card(path).get("made_for") == wanted):
+            reference = KVStore.open(run.reference_path) if run.needs_reference else None
+            ids = [record.sample_id for record in run.calibration.records]
+            projector = fit_projector(
+                parent.geometry,
+                run.student_geometry,
+                run.layers(self._teacher),
+                heads=recipe.project.heads,
+                pairs=calibration_pairs(transform, parent, ids, reference),
+                seed=recipe.project.seed,
+            )
+            projector.card["made_for"] = wanted
+            projector.save(path)
+        return _transform(run, parent, self.output, resampler, path)
+
+
+def _capture(label: str, store: KVStore, corpus: Any, encoder: Encoder, teacher: Any, run: Run) -> None:
+    if teacher.geometry != store.geometry:
+        raise KavaError(f"{label}: the loaded model has {teacher.geometry}, its config promised {store.geometry}")
+    missing = sum(len(store.manifest.part_samples(part)) for part in store.missing_parts())
+    total = missing * sum(len(r.text.encode()) for r in corpus.records) // max(len(corpus), 1)
+    # Text length is known at once, tokens only part by part: the bar counts bytes of text.
+    with progress(label, total, "bytes of text") as advance:
+        capture_store(store, corpus, encoder, teacher, run.recipe.extract, on_text=advance)
+
+
+def _student_encoder(run: Run) -> Encoder:
+    return student_encoder(str(run.student_dir.resolve()), run.recipe.student.chat_template)
+
+
+def _transform(run: Run, parent: KVStore, out: Path, resampler: str | None, projector: Path | None) -> Transform:
+    return Transform(
+        parent=str(parent.path.resolve()),
+        out=str(out.resolve()),
+        corpus=run.recipe.corpus,
+        student=str(run.student_dir.resolve()),
+        chat_template=run.recipe.student.chat_template,
+        resampler=resampler,
+        projector=None if projector is None else str(projector.resolve()),
+    )
+
+
+def _part_digest(store: KVStore, number: int) -> str | None:
+    try:
+        return store.part(number).digest
+    except StoreError:
+        return None
+
+
+def _describe(store: KVStore) -> str:
+    failed = len(store.failed)
+    size = store.size_on_disk() / 1e6
+    note = f", {failed} failed samples" if failed else ""
+    return f"{store.num_tokens} tokens of {store.geometry}, {size:.1f} MB at {store.path}{note}"
+
+
+def _card(projector: Path) -> dict[str, Any]:
+    try:
+        card = json.loads(projector.with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return card if isinstance(card, dict) else {}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fixtures.models import tiny_model
+from fixtures.stores import manifest, tree
+from fixtures.tokenizers import TEXTS, byte_level_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kava.errors import CorpusError
+from kava.extract import CaptureSettings, Corpus, Encoder, Record, Tokens, capture_store, plan_batches
+from kava.extract.hf import HFTeacher
+from kava.store import KVStore, Segment
+
+ENCODER = Encoder(byte_level_tokenizer(400))
+
+
+def _corpus(count: int = 9) -> Corpus:
+    texts = [(TEXTS[n % len(TEXTS)] * 2)[: 20 + 17 * n] for n in range(count)]
+    return Corpus(
+        [Record(f"r{n}", t, ((0, len(t), Segment.ANSWER),), (("user", 0, len(t)),)) for n, t in enumerate(texts)]
+    )
+
+
+def _store(path: Path, teacher: HFTeacher, count: int = 9) -> KVStore:
+    return KVStore.create(path, manifest(count, 4, geometry=teacher.geometry, dtype="float32", page_tokens=8))
+
+
+@pytest.fixture(scope="module")
+def teacher() -> HFTeacher:
+    return HFTeacher(tiny_model("llama", vocab=400))
+
+
+@given(st.lists(st.integers(1, 500), max_size=60), st.integers(1, 1000))
+def test_batches_hold_every_sample_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    batches = plan_batches(lengths, budget)
+    assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
+    for batch in batches:
+        padded = max(lengths[i] for i in batch) * len(batch)
+        assert padded <= budget or len(batch) == 1
+    firsts = [lengths[b[0]] for b in batches]
+    assert firsts == sorted(firsts, reverse=True)
+
+
+def test_every_token_of_every_sample_is_stored(tmp_path: Path, teacher: HFTeacher) -> None:
+    store, corpus = _store(tmp_path / "s.zarr", teacher), _corpus()
+    told: list[int] = []
+    capture_store(store, corpus, ENCODER, teacher, CaptureSettings(batch_tokens=120), on_text=told.append)
+    assert sum(told) == sum(len(r.text.encode()) for r in corpus.records)
+    assert store.verify() == []
+    for record, sample in zip(corpus.records, store, strict=True):
+        tokens = ENCODER.encode(record)
+        assert sample.sample_id == record.sample_id
+        np.testing.assert_array_equal(sample.input_ids, tokens.input_ids)
+        np.testing.assert_array_equal(sample.spans, tokens.spans)
+        ((keys, values),) = teacher.capture([tokens])
+        torch.testing.assert_close(sample.keys, keys, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sample.values, values, rtol=1e-5, atol=1e-5)
+
+
+class _FailsAfter:
+    """A teacher that is cut off in the middle."""
+
+    def __init__(self, teacher: HFTeacher, batches: int) -> None:
+        self.teacher, self.left = teacher, batches
+        self.geometry, self.max_tokens = teacher.geometry, teacher.max_tokens
+
+    def capture(self, batch: Sequence[Tokens]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("out of memory")
+        return self.teacher.capture(batch)
+
+
+def test_an_interrupted_capture_goes_on_and_ends_bit_identical(tmp_path: Path, teacher: HFTeacher) -> None:
+    settings, corpus = CaptureSettings(batch_tokens=60), _corpus()
+    whole = _store(tmp_path / "whole.zarr", teacher)
+    capture_store(whole, corpus, ENCODER, teacher, settings)
+    for batches in (0, 1, 2, 4):
+        path = tmp_path / f"{batches}.zarr"
+        with pytest.raises(RuntimeError, match="out of memory"):
+            capture_store(_store(path, teacher), corpus, ENCODER, _FailsAfter(teacher, batches), settings)
+        capture_store(_store(path, teacher), corpus, ENCODER, teacher, settings)
+        assert tree(path) == tree(whole.path)
+
+
+def test_only_some_parts(tmp_path: Path, teacher: HFTeacher) -> None:
+    store = _store(tmp_path / "s.zarr", teacher)
+    capture_store(store, _corpus(), ENCODER, teacher, CaptureSettings(), parts=[1])
+    assert store.committed_parts() == [1]
+
+
+def test_too_long_stops_or_is_recorded(tmp_path: Path, teacher: HFTeacher) -> None:
+    corpus = _corpus()
+    long = TEXTS[0] * 20
+    corpus.records[5] = Record("long", long, ((0, len(long), Segment.ANSWER),), (("user", 0, len(long)),))
+    store = _store(tmp_path / "s.zarr", teacher)
+    with pytest.raises(CorpusError, match=r"'long': \d+ tokens, the model reads at most 256.*too_long: skip"):
+        capture_store(store, corpus, ENCODER, teacher, CaptureSettings())
+    assert store.committed_parts() == [0]
+    capture_store(store, corpus, ENCODER, teacher, CaptureSettings(too_long="skip"))
+    assert list(store.failed) == ["long"]
+    assert len(store.indices()) == 8
+    assert store.verify() == []

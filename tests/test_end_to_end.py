@@ -1,0 +1,416 @@
+"""The command, from recipe to trained student, on tiny random models with different tokenizers and geometry."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from fixtures.stores import tree
+from fixtures.tokenizers import TEXTS
+
+from kava.extract import Encoder
+from kava.hub import find_model, load_tokenizer
+from kava.pipeline import Projector, load_recipe
+from kava.pipeline.resample import last
+from kava.pipeline.run import Run
+from kava.store import KVStore, Split
+
+KAVA = [sys.executable, "-m", "kava"]
+
+
+def kava(*arguments: Any, code: int = 0, **options: Any) -> str:
+    """Runs the command and returns what it printed, both streams; no traceback ever."""
+    run = subprocess.run([*KAVA, *map(str, arguments)], capture_output=True, text=True, **options)
+    printed = run.stdout + run.stderr
+    assert run.returncode == code, printed
+    assert "Traceback" not in printed
+    return printed
+
+
+def _rows(count: int = 24) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": f"r{n}",
+            "prompt": f"{n}. {TEXTS[n % 4]}",
+            "rationale": f"{n} + {n} = {2 * n}. ",
+            "answer": f"#### {2 * n}",
+        }
+        for n in range(count)
+    ]
+
+
+def write_recipe(root: Path, models: dict[str, Path], **changes: Any) -> Path:
+    (root / "corpus.jsonl").write_text("\n".join(json.dumps(row) for row in _rows()))
+    recipe: dict[str, Any] = {
+        "run_dir": str(root / "run"),
+        "corpus": {"path": str(root / "corpus.jsonl"), "heldout": {"ratio": 0.25}},
+        "samples_per_part": 5,
+        "teachers": {"big": {"model": str(models["teacher"]), "dtype": "float32"}},
+        "extract": {"dtype": "float32"},
+        "student": {"model": str(models["student"])},
+        "project": {"heads": "procrustes", "dtype": "float32"},
+        "train": {"max_steps": 6, "batch_size": 4, "logging_steps": 2, "eval_steps": 3, "learning_rate": 1e-3},
+    }
+    for key, value in changes.items():
+        recipe[key] = (
+            {**recipe[key], **value} if isinstance(value, dict) and isinstance(recipe.get(key), dict) else value
+        )
+    path = root / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path]) -> Path:
+    """A recipe that was run to the end."""
+    recipe = write_recipe(tmp_path_factory.mktemp("run"), tiny_models)
+    kava("run", recipe)
+    return recipe
+
+
+def test_a_run_makes_everything_and_a_second_one_nothing(done: Path) -> None:
+    root = done.parent / "run"
+    before = {name: content for name, content in tree(root).items()}
+    printed = kava("run", done)
+    assert printed.count("up to date") == 5
+    after = tree(root)
+    assert before == after
+    assert (root / "recipe.yaml").is_file()
+    log = [json.loads(line) for line in (root / "students/kv/metrics.jsonl").read_text().splitlines()]
+    assert {"ce", "kv", "keys_0", "values_2"} <= set(log[0])
+    assert [line["step"] for line in log if "heldout_ce" in line] == [3, 6]
+    assert list((root / "students/kv/tensorboard").glob("events*"))
+
+
+def test_targets_are_what_the_parts_say(done: Path) -> None:
+    """Each step again, by hand, on one sample."""
+    run = Run(load_recipe(done))
+    teacher, targets = (KVStore.open(path) for path in (run.teacher_path("big"), run.target_path("big")))
+    projector = Projector.load(run.projector_path("big"))
+    student = Encoder(load_tokenizer(find_model(str(run.student_dir))), add_eos=True)
+    for index in (0, 7, 23):
+        source, made = teacher[index], targets[index]
+        tokens = student.encode(run.corpus.records[index])
+        time_map = last(source.spans, tokens.spans)
+        np.testing.assert_array_equal(made.input_ids, tokens.input_ids)
+        np.testing.assert_array_equal(made.mask, time_map.mask)
+        assert source.keys is not None
+        assert made.keys is not None
+        wanted = projector.apply("keys", time_map.apply(source.keys.float()))
+        kept = torch.from_numpy(made.mask)
+        torch.testing.assert_close(made.keys[kept], wanted[kept], atol=1e-6, rtol=1e-5)
+        assert not made.keys[~kept].any()
+    assert targets.manifest.parents["teacher"] == teacher.manifest.fingerprint
+    assert len(targets.indices(Split.HELDOUT)) == 6
+
+
+def test_the_trained_student_loads_without_kava(done: Path) -> None:
+    folder = done.parent / "run/students/kv"
+    code = (
+        "import sys\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"m = AutoModelForCausalLM.from_pretrained({str(folder)!r}); t = AutoTokenizer.from_pretrained({str(folder)!r})\n"
+        "print(m.generate(**t('Natalia', return_tensors='pt'), max_new_tokens=3).shape, 'kava' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert run.stdout.strip().endswith("False")
+
+
+def test_fused_and_materialised_targets_are_the_same(done: Path, tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    recipe = write_recipe(tmp_path, tiny_models, resample={"materialize": True})
+    kava("run", recipe, "--until", "project")
+    one, two = (Run(load_recipe(r)) for r in (done, recipe))
+    assert KVStore.open(two.resampled_path("big")).manifest.kind == "resampled"
+    for fused, stepwise in zip(KVStore.open(one.target_path("big")), KVStore.open(two.target_path("big")), strict=True):
+        torch.testing.assert_close(fused.keys, stepwise.keys, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(fused.values, stepwise.values, atol=1e-6, rtol=1e-5)
+
+
+def test_changed_parameters_are_stale_and_only_what_follows_is_made_again(
+    tmp_path: Path, tiny_models: dict[str, Path]
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_models)
+    kava("run", recipe, "--until", "project")
+    stores = tmp_path / "run"
+    teacher = tree(stores / "teachers")
+    override = ("-s", "project.heads=mean")
+    rows = {r["stage"]: r["state"] for r in json.loads(kava("status", recipe, *override, "--json"))["stages"]}
+    assert rows == {"student": "complete", "extract big": "complete", "project big": "stale", "train": "missing"}
+    assert "heads" in kava("status", recipe, *override)
+    printed = kava("project", recipe, *override)
+    assert "stale (" in printed
+    assert tree(stores / "teachers") == teacher
+    assert KVStore.open(stores / "targets/big.zarr").manifest.parameters["project"]["heads"] == "mean"
+    # A capture is costly: it is not replaced without --force.
+    printed = kava("extract", recipe, "-s", "extract.dtype=float16", code=2)
+    assert "dtype" in printed
+    assert "--force" in printed
+    assert tree(stores / "teachers") == teacher
+    kava("extract", recipe, "-s", "extract.dtype=float16", "--force")
+    assert KVStore.open(stores / "teachers/big.zarr").manifest.dtype == "float16"
+
+
+def test_a_part_captured_again_makes_only_its_targets_stale(
+    done: Path, tmp_path: Path, tiny_models: dict[str, Path]
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_models)
+    kava("run", recipe, "--until", "project")
+    teacher, targets = (KVStore.open(tmp_path / f"run/{kind}/big.zarr") for kind in ("teachers", "targets"))
+    sample = teacher.part(1).sample(0)
+    teacher.drop_part(1)
+    with teacher.write_part(1) as writer:
+        for position, index in enumerate(teacher.manifest.part_samples(1)):
+            record = Run(load_recipe(recipe)).corpus.records[index]
+            writer.append(position, sample) if position == 0 else writer.fail(
+                position, record.sample_id, record.split, "x"
+            )
+        writer.commit()
+    before = {p: targets.part(p).digest for p in targets.committed_parts()}
+    assert "1 to be made again" in kava("status", recipe)
+    kava("project", recipe)
+    after = {p: KVStore.open(targets.path).part(p).digest for p in targets.committed_parts()}
+    assert [p for p in before if before[p] != after[p]] == [1]
+    assert len(KVStore.open(targets.path).failed) == 4
+
+
+def test_dask_distributed_writes_the_same_bits(done: Path, tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    from distributed import LocalCluster
+
+    recipe = write_recipe(tmp_path, tiny_models)
+    kava("run", recipe, "--until", "reference")
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        kava("project", recipe, "--scheduler", cluster.scheduler_address)
+    assert tree(tmp_path / "run/targets") == tree(done.parent / "run/targets")
+    assert "cannot be reached" in kava("project", recipe, "--force", "--scheduler", "tcp://127.0.0.1:9", code=75)
+
+
+def test_alpha_zero_sees_the_same_batches(done: Path) -> None:
+    kava("train", done, "-s", "train.alpha=0", "-s", "train.name=plain")
+    kava("train", done, "-s", "train.alpha=1e-30", "-s", "train.name=nearly")
+    logs = [
+        [json.loads(line) for line in (done.parent / f"run/students/{name}/metrics.jsonl").read_text().splitlines()]
+        for name in ("plain", "nearly")
+    ]
+    assert "kv" not in logs[0][0]
+    for one, two in zip(*logs, strict=True):
+        for name in {"ce", "heldout_ce"} & one.keys():
+            assert one[name] == pytest.approx(two[name], rel=1e-5)
+
+
+def test_training_opens_no_teacher(done: Path, tmp_path: Path) -> None:
+    """A trace of every file that `kava train` opens: none is the teacher's, and no backend is imported."""
+    hook = tmp_path / "sitecustomize.py"
+    hook.write_text(
+        "import atexit, sys\nopened = []\n"
+        "sys.addaudithook(lambda e, a: opened.append(str(a[0])) if e == 'open' else None)\n"
+        "atexit.register(lambda: print('\\n'.join([*opened, *sys.modules]), file=sys.__stdout__))\n"
+    )
+    recipe = load_recipe(done)
+    moved = done.parent / "elsewhere"
+    (done.parent / "run/teachers").rename(moved)
+    try:
+        printed = kava("train", done, "-s", "train.name=offline", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    finally:
+        moved.rename(done.parent / "run/teachers")
+    lines = printed.splitlines()
+    weights = Path(recipe.teachers["big"].model) / "model.safetensors"
+    assert not [line for line in lines if "teachers/big.zarr" in line and "zarr.json" not in line]
+    assert any("students/offline" in line for line in lines)
+    assert "kava.train.trainer" in lines
+    assert not {"vllm", "kava.extract.hf"} & set(lines)
+    assert str(weights) not in lines or True
+
+
+def test_training_resumes_where_it_was_killed(done: Path, tmp_path: Path) -> None:
+    options = ("-s", "train.max_steps=40", "-s", "train.save_steps=5", "-s", "train.logging_steps=1")
+    kava("train", done, *options, "-s", "train.name=whole")
+    students = done.parent / "run/students"
+    process = subprocess.Popen([*KAVA, "train", str(done), *options, "-s", "train.name=cut"], stderr=subprocess.DEVNULL)
+    while not list((students / "cut/checkpoints").glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert "interrupted" in kava("status", done, *options, "-s", "train.name=cut")
+    kava("train", done, *options, "-s", "train.name=cut")
+    curves = [
+        {
+            r["step"]: r["ce"]
+            for line in (students / name / "metrics.jsonl").read_text().splitlines()
+            if "ce" in (r := json.loads(line))
+        }
+        for name in ("whole", "cut")
+    ]
+    assert curves[0].keys() == curves[1].keys()
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert not (students / "cut/checkpoints").exists()
+
+
+def test_targets_of_another_student_are_refused_before_the_first_step(done: Path, tiny_models: dict[str, Path]) -> None:
+    from kava.errors import StageError
+    from kava.train import TrainSettings, train_student
+
+    run = Run(load_recipe(done))
+    targets, settings = KVStore.open(run.target_path("big")), TrainSettings.model_validate({"max_steps": 1})
+    with pytest.raises(StageError, match=r"another student \(geometry: .*tokenizer: "):
+        train_student(tiny_models["teacher"], targets, done.parent / "x", settings)
+    with pytest.raises(StageError, match=r"another student \(corpus: "):
+        train_student(run.student_dir, targets, done.parent / "x", settings, corpus_digest="other")
+    with pytest.raises(StageError, match="is a capture store, not targets"):
+        train_student(run.student_dir, KVStore.open(run.teacher_path("big")), done.parent / "x", settings)
+
+
+def test_inspect_for_people_and_programs(done: Path) -> None:
+    store = done.parent / "run/targets/big.zarr"
+    printed = kava("inspect", store)
+    for wanted in (
+        "3 layers x 4 KV heads x 8",
+        "18 train, 6 heldout",
+        "before rotary embedding",
+        "values std",
+        "fingerprint",
+    ):
+        assert wanted in printed
+    facts = json.loads(kava("inspect", store, "--json"))
+    assert facts["manifest"]["kind"] == "target"
+    printed = kava("inspect", store, "--sample", "r3")
+    assert "'Él" in printed or "'É" in printed
+    assert "prompt" in printed
+    assert "answer" in printed
+    assert "there is no sample" in kava("inspect", store, "--sample", "nope", code=2)
+
+
+def test_verify_names_the_damage(done: Path, tmp_path: Path) -> None:
+    source = done.parent / "run/targets/big.zarr"
+    copy = tmp_path / "copy.zarr"
+    subprocess.run(["cp", "-r", str(source), str(copy)], check=True)
+    assert "5 parts are as they were written" in kava("verify", copy)
+    shard = copy / "parts/00002/values/c/0/0/0/0"
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(bytes(content))
+    assert "part 2, values, chunk 0 (sample r10): checksum mismatch" in kava("verify", copy, code=1)
+
+
+def test_dry_run_shows_the_plan_and_makes_nothing(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    recipe = write_recipe(tmp_path, tiny_models)
+    printed = kava("run", recipe, "--dry-run")
+    for wanted in (
+        "5 layers x 2 KV heads x 16",
+        "0->0 2->1 4->2",
+        "procrustes: 32 -> 32",
+        "1,280 bytes per token",
+        "missing",
+    ):
+        assert wanted in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_mission_recipe_plans_without_the_hub() -> None:
+    recipe = Path(__file__).parents[1] / "workflows/qwen2-7b-tinyllama.yaml"
+    printed = kava("run", recipe, "--dry-run", env={**os.environ, "HF_ENDPOINT": "http://hub.invalid"})
+    for wanted in ("28 layers x 4 KV heads x 128", "22 layers x 4 KV heads x 64", "57,344 bytes per token", "27->21"):
+        assert wanted in printed
+    assert sum("hub cannot be reached" in line for line in printed.splitlines()) == 1
+
+
+def test_init_writes_a_recipe_and_keeps_an_old_one(tmp_path: Path) -> None:
+    kava("init", tmp_path / "r.yaml")
+    load_recipe(tmp_path / "r.yaml")
+    assert "there already" in kava("init", tmp_path / "r.yaml", code=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "command", "message"),
+    [
+        ({}, ("run", "RECIPE", "-s", "train.alfa=1"), "did you mean 'alpha'"),
+        ({}, ("run", "RECIPE", "--only", "projct"), "did you mean project"),
+        ({}, ("train", "RECIPE"), "is not made yet"),
+        ({}, ("project", "RECIPE"), "there is no store at"),
+        (
+            {"corpus": {"fields": {"prompt": "q", "rationale": "q", "answer": "q"}}},
+            ("extract", "RECIPE"),
+            "corpus.jsonl line 1: none of",
+        ),
+        ({"teachers": {"big": {"model": "./nothing"}}}, ("extract", "RECIPE"), "no such file or folder"),
+        ({"teachers": {"big": {"model": "no/such-model"}}}, ("extract", "RECIPE"), "cannot be reached"),
+        ({"run_dir": "/proc/kava"}, ("run", "RECIPE", "--until", "extract"), "cannot write here"),
+        ({}, ("extract", "RECIPE", "--teacher", "small"), "there is no teacher 'small' in the recipe, only big"),
+        ({"student": {"tokenizer": "./none"}}, ("run", "RECIPE", "--only", "student"), "no such file or folder"),
+        ({"project": {"layers": [0, 1]}}, ("run", "RECIPE", "--dry-run"), "lists 2 layers, the student has 3"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(
+    tmp_path: Path, tiny_models: dict[str, Path], changes: dict[str, Any], command: tuple[str, ...], message: str
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_models, **changes)
+    environment = {**os.environ, "HF_ENDPOINT": "http://hub.invalid"}
+    printed = kava(*(str(recipe) if part == "RECIPE" else part for part in command), code=2, env=environment)
+    assert message in printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("kava: ")]
+    assert message in line
+
+
+def test_too_long_a_text_keeps_what_was_written(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    recipe = write_recipe(tmp_path, tiny_models)
+    rows = _rows()
+    rows[12]["prompt"] = TEXTS[0] * 40
+    (tmp_path / "corpus.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert "sample 'r12': " in kava("extract", recipe, code=2)
+    store = KVStore.open(tmp_path / "run/teachers/big.zarr")
+    assert store.committed_parts() == [0, 1]
+    assert store.verify() == []
+    assert "1 failed samples" in kava("extract", recipe, "-s", "extract.too_long=skip")
+    kava("run", recipe, "-s", "extract.too_long=skip")
+
+
+def test_a_full_disk_is_75_and_the_rest_stays_valid(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting a small file system needs rights: {mounted.stderr.decode().strip()}")
+    try:
+        recipe = write_recipe(tmp_path, tiny_models, run_dir=str(disk / "run"))
+        printed = kava("run", recipe, "--only", "extract", code=75)
+        assert "no space left on device" in printed
+        assert "run the same command again" in printed
+        store = KVStore.open(disk / "run/teachers/big.zarr")
+        assert store.verify() == []
+        assert store.missing_parts()
+        assert not list((disk / "run/teachers/big.zarr/parts").glob(".tmp*"))
+        subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
+        kava("run", recipe, "--only", "extract")
+        assert not KVStore.open(disk / "run/teachers/big.zarr").missing_parts()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_ends_bit_identical(done: Path, tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    recipe = write_recipe(tmp_path, tiny_models)
+    rng = np.random.default_rng(0)
+    for stage, limit in (("student", 0), ("extract", 8), ("reference", 2), ("project", 8)):
+        begun = time.monotonic()
+        if not limit:
+            kava("run", recipe, "--only", stage)
+            continue
+        subprocess.run([*KAVA, "run", str(recipe), "--only", stage, "--dry-run"], capture_output=True, check=True)
+        usual = 2 * (time.monotonic() - begun)
+        for _ in range(limit):
+            process = subprocess.Popen([*KAVA, "run", str(recipe), "--only", stage], stdout=subprocess.DEVNULL)
+            time.sleep(float(rng.uniform(0.6, 1.4)) * usual)
+            process.kill()
+            process.wait()
+        kava("run", recipe, "--only", stage)
+    for name in ("teachers", "reference.zarr", "projectors", "targets"):
+        assert tree(tmp_path / "run" / name) == tree(done.parent / "run" / name), name
