@@ -43,11 +43,11 @@ class Transform:
     def __call__(self, part: int) -> int:
         """Writes one part and returns its number."""
         parent, out = KVStore.open(self.parent), KVStore.open(self.out)
-        corpus = _corpus(self.corpus)
+        corpus = _corpus(self.corpus, _stamp(self.corpus.path))
         if parent.manifest.corpus_digest != corpus.digest:
             raise StageError(f"{self.parent} was made from another corpus than {self.corpus.path} holds now")
         encoder = student_encoder(self.student, self.chat_template)
-        projector = None if self.projector is None else _projector(self.projector)
+        projector = None if self.projector is None else _projector(self.projector, _stamp(self.projector))
         reader = parent.part(part)
         with out.write_part(part) as writer:
             for position, index in enumerate(parent.manifest.part_samples(part)):
@@ -112,7 +112,7 @@ def calibration_pairs(
     """
     import torch
 
-    corpus = _corpus(transform.corpus)
+    corpus = _corpus(transform.corpus, _stamp(transform.corpus.path))
     encoder = student_encoder(transform.student, transform.chat_template)
     failed = {*parent.failed, *(reference.failed if reference else ())}
     for sample_id in sample_ids:
@@ -132,18 +132,25 @@ def calibration_pairs(
         yield (keys[kept], values[kept]), own
 
 
-@cache
 def student_encoder(folder: str, chat_template: bool) -> Encoder:
     """The student's encoder; its samples end with the end-of-sequence token."""
     tokenizer = load_tokenizer(find_model(str(Path(folder).resolve())))
     return Encoder(tokenizer, chat_template=chat_template, add_eos=True)
 
 
+# A dask worker outlives a run: what it remembers is remembered under the file's time of change too.
+
+
+def _stamp(path: str) -> int:
+    file = Path(path).expanduser()
+    return file.stat().st_mtime_ns if file.exists() else 0
+
+
 @cache
-def _corpus(settings: CorpusSettings) -> Corpus:
+def _corpus(settings: CorpusSettings, stamp: int) -> Corpus:
     return load_corpus(settings)
 
 
 @cache
-def _projector(path: str) -> Projector:
+def _projector(path: str, stamp: int) -> Projector:
     return Projector.load(Path(path))

@@ -89,6 +89,8 @@ def hub_reachable() -> bool:
 
     Without this every lookup on an offline node retries for half a minute.
     """
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return False
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True
     host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname

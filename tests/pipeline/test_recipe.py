@@ -24,7 +24,9 @@ def _write(path: Path, **changes: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "workflows").glob("*.yaml")) + [ROOT / "pipeline/starter.yaml"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [*sorted((ROOT / "workflows").glob("*.yaml")), ROOT / "pipeline/starter.yaml"], ids=lambda p: p.name
+)
 def test_shipped_recipes_are_valid(path: Path) -> None:
     load_recipe(path)
 
@@ -38,8 +40,10 @@ def test_saved_recipe_is_the_same_recipe(tmp_path: Path) -> None:
 
 
 def test_overrides_make_sections(tmp_path: Path) -> None:
-    recipe = load_recipe(_write(tmp_path / "r.yaml"), ["train.arguments.gradient_checkpointing=true",
-    "corpus.heldout={ratio: 0.5}"]) assert recipe.train.arguments == {"gradient_checkpointing": True}
+    recipe = load_recipe(
+        _write(tmp_path / "r.yaml"), ["train.arguments.gradient_checkpointing=true", "corpus.heldout={ratio: 0.5}"]
+    )
+    assert recipe.train.arguments == {"gradient_checkpointing": True}
     assert recipe.corpus.heldout is not None
 
 
@@ -73,7 +77,7 @@ def test_mistakes_are_one_line_with_the_mend(tmp_path: Path, overrides: list[str
 
 
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="No such file.*kava init"):
+    with pytest.raises(RecipeError, match=r"No such file.*kava init"):
         load_recipe(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("- a")
     with pytest.raises(RecipeError, match="mapping of sections, not list"):

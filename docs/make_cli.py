@@ -1,0 +1,87 @@
+"""Writes docs/cli/*.md from the command itself. `python docs/make_cli.py --check` fails if a page is not up to date."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from kava.pipeline.cli import app
+
+FOLDER = Path(__file__).parent / "cli"
+
+EXAMPLES = {
+    "init": ["kava init recipe.yaml"],
+    "run": [
+        "kava run workflows/demo.yaml",
+        "kava run workflows/qwen2-7b-tinyllama.yaml --dry-run",
+        "kava run workflows/demo.yaml --from reference --until project",
+        "kava run workflows/demo.yaml --only project --force project -s project.heads=pca",
+    ],
+    "extract": [
+        "kava extract workflows/demo.yaml --teacher smollm2",
+        "kava extract workflows/demo.yaml --retry-failed",
+    ],
+    "resample": ["kava resample workflows/demo.yaml -s resample.method=linear"],
+    "project": ["kava project workflows/demo.yaml", "kava project workflows/demo.yaml --scheduler tcp://head:8786"],
+    "train": ["kava train workflows/demo.yaml -s train.name=plain -s train.alpha=0"],
+    "status": ["kava status workflows/demo.yaml", "kava status workflows/demo.yaml --json"],
+    "inspect": [
+        "kava inspect runs/demo/targets/smollm2.zarr",
+        "kava inspect runs/demo/teachers/smollm2.zarr --sample 3",
+    ],
+    "verify": ["kava verify runs/demo/teachers/smollm2.zarr runs/demo/targets/smollm2.zarr"],
+}
+
+NOTES = {
+    "run": "A stage that is up to date is skipped. A stale capture or training is not replaced without `--force`.",
+    "extract": "Goes on at the first missing part. `--retry-failed` drops the parts with failed samples first.",
+    "resample": "Optional: `kava project` resamples and projects in one pass. The resampled store is for looking at.",
+    "project": "Makes the student and its reference first where they are missing; saves the projector in `projectors/`.",
+    "train": "Goes on at its last checkpoint where `train.save_steps` is set. The targets must be complete.",
+    "inspect": "Finds the run's recipe beside the store to show tokens and text.",
+    "verify": "Exit code 1 if anything is damaged.",
+}
+
+
+def page(name: str, command: Any) -> str:
+    """One command's page."""
+    rows = []
+    for parameter in command.params:
+        if parameter.name == "help":
+            continue
+        if parameter.param_type_name == "argument":
+            label = parameter.metavar or parameter.name.upper()
+            text = parameter.help or ""
+        else:
+            value = "" if parameter.is_flag else f" {parameter.metavar or parameter.name.upper()}"
+            label = ", ".join(sorted(parameter.opts, key=len)) + value
+            text = parameter.help or ""
+        rows.append(f"| `{label}` | {text} |")
+    usage = " ".join(p.metavar or p.name.upper() for p in command.params if p.param_type_name == "argument")
+    lines = [f"# kava {name}", "", str(command.help).strip(), "", "```", f"kava {name} {usage} [OPTIONS]", "```", ""]
+    lines += [NOTES[name], ""] if name in NOTES else []
+    lines += ["| | |", "|---|---|", *rows, "", "## Examples", "", "```bash", *EXAMPLES[name], "```", ""]
+    lines += ["Exit codes: 0 done, 1 a fault, 2 the input is wrong, 75 the same command may be run again later.", ""]
+    return "\n".join(lines)
+
+
+def main(check: bool) -> int:
+    """Writes the pages, or says which would change."""
+    group: Any = typer.main.get_command(app)
+    pages = {FOLDER / f"{name}.md": page(name, command) for name, command in group.commands.items()}
+    stale = [path for path, text in pages.items() if not path.is_file() or path.read_text() != text]
+    if check:
+        for path in stale:
+            print(f"{path} is not up to date: python docs/make_cli.py")
+        return len(stale)
+    FOLDER.mkdir(exist_ok=True)
+    for path, text in pages.items():
+        path.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))
