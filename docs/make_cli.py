@@ -39,7 +39,7 @@ NOTES = {
     "run": "A stage that is up to date is skipped. A stale capture or training is not replaced without `--force`.",
     "extract": "Goes on at the first missing part. `--retry-failed` drops the parts with failed samples first.",
     "resample": "Optional: `kava project` resamples and projects in one pass. The resampled store is for looking at.",
-    "project": "Makes the student and its reference first where they are missing; saves the projector in `projectors/`.",
+    "project": "Makes the student and its reference first where they are missing; saves the projector too.",
     "train": "Goes on at its last checkpoint where `train.save_steps` is set. The targets must be complete.",
     "inspect": "Finds the run's recipe beside the store to show tokens and text.",
     "verify": "Exit code 1 if anything is damaged.",

@@ -194,12 +194,13 @@ class Run:
         """Samples in a part of every store of this run: the recipe's number, or at most about 1 GiB of any teacher."""
         if self.recipe.samples_per_part is not None:
             return self.recipe.samples_per_part
-        widest = max(
-            (t.geometry or self.teacher_geometry(name)).bytes_per_token(dtype_of(self.recipe.extract.dtype).itemsize)
-            for name, t in self.recipe.teachers.items()
-        )
-        sizes = [len(record.text.encode()) / BYTES_PER_TOKEN * widest for record in self.corpus.records]
-        return samples_per_part(sizes)
+        dtype = dtype_of(self.recipe.extract.dtype)
+        stated = {name: t.geometry or self.teacher_geometry(name) for name, t in self.recipe.teachers.items()}
+        return min(self._parts_of(self.corpus, geometry, dtype.itemsize) for geometry in stated.values())
+
+    def _parts_of(self, corpus: Corpus, geometry: KVGeometry, itemsize: int) -> int:
+        row = geometry.bytes_per_token(itemsize)
+        return samples_per_part([len(record.text.encode()) / BYTES_PER_TOKEN * row for record in corpus.records])
 
     # What the stores must say of themselves.
 
@@ -224,6 +225,14 @@ class Run:
             chat_template_digest=chat_template_digest(tokenizer) if settings.chat_template else None,
         )
 
+    def parent_manifest(self, name: str) -> Manifest:
+        """What is projected: the capture on disk, or the one that the recipe would make.
+
+        With the capture at hand, neither the teacher nor its tokenizer need be on this machine.
+        """
+        path = self.teacher_path(name)
+        return KVStore.open(path).manifest if (path / "zarr.json").exists() else self.teacher_manifest(name)
+
     @cached_property
     def reference_manifest(self) -> Manifest:
         """The manifest of the student's own keys and values before training."""
@@ -234,25 +243,27 @@ class Run:
             codec=self.recipe.project.codec,
             model=model_identity(self.student_source, compute_dtype="float32"),
             num_samples=len(self.calibration),
+            samples_per_part=self.recipe.samples_per_part or self._parts_of(self.calibration, self.student_geometry, 4),
             corpus_digest=self.calibration.digest,
         )
 
     def resampled_manifest(self, name: str) -> Manifest:
         """The manifest of a teacher's capture on the student's tokens."""
-        parent = self.teacher_manifest(name)
+        parent = self.parent_manifest(name)
         return self._student_manifest(
             kind="resampled",
             geometry=parent.geometry,
             dtype=parent.dtype,
             codec=parent.codec,
             model=parent.model,
+            samples_per_part=parent.samples_per_part,
             parameters={"resample": self.recipe.resample.method},
             parents={"teacher": parent.fingerprint},
         )
 
     def target_manifest(self, name: str) -> Manifest:
         """The manifest of the targets made from a teacher."""
-        parent = self.teacher_manifest(name)
+        parent = self.parent_manifest(name)
         project = self.recipe.project
         parents = {"teacher": parent.fingerprint}
         if self.recipe.resample.materialize:
@@ -268,6 +279,7 @@ class Run:
             dtype=project.dtype,
             codec=project.codec,
             model=parent.model,
+            samples_per_part=parent.samples_per_part,
             parameters={"resample": self.recipe.resample.method, "project": fit},
             parents=parents,
         )
@@ -279,19 +291,22 @@ class Run:
 
     def layers(self, name: str) -> LayerMap:
         """Teacher layers for each student layer."""
-        return layer_map(
-            self.recipe.project.layers, self.teacher_geometry(name).num_layers, self.student_geometry.num_layers
-        )
+        source = self.parent_manifest(name).geometry
+        return layer_map(self.recipe.project.layers, source.num_layers, self.student_geometry.num_layers)
 
     def trained_key(self) -> str:
-        """What determines a trained student."""
+        """What determines a trained student: read from the targets on disk, nothing is asked of a teacher.
+
+        Raises:
+            StoreNotFoundError: if the targets are not made yet.
+        """
         how = {"name", "teacher", "logging_steps", "eval_steps", "save_steps", "num_workers"}
         settings = self.recipe.train.model_dump(mode="json", exclude_defaults=True, exclude=how)
         return digest_json(
             {
                 "settings": settings,
                 "student": weights_digest(Path(self.student_source.location)),
-                "targets": self.target_manifest(self.train_teacher).fingerprint,
+                "targets": self.open_target(self.train_teacher).manifest.fingerprint,
             }
         )
 
@@ -317,9 +332,10 @@ class Run:
         defaults: dict[str, Any] = {
             "page_tokens": pages,
             "num_samples": len(self.corpus),
-            "samples_per_part": self.samples_per_part,
             "corpus_digest": self.corpus.digest,
         }
+        if "samples_per_part" not in fields:
+            defaults["samples_per_part"] = self.samples_per_part
         return Manifest(**(defaults | fields))
 
 

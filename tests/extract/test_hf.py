@@ -45,7 +45,8 @@ def _rotate(model: Any, keys: torch.Tensor, layer: int) -> torch.Tensor:
     cos, sin = base.rotary_emb(keys[None], position_ids, *extra)
     module = importlib.import_module(type(base).__module__)
     heads = keys.transpose(0, 1)[None]
-    return module.apply_rotary_pos_emb(heads, heads, cos, sin)[1][0].transpose(0, 1)
+    rotated: torch.Tensor = module.apply_rotary_pos_emb(heads, heads, cos, sin)[1]
+    return rotated[0].transpose(0, 1)
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])

@@ -104,7 +104,7 @@ def test_last_by_hand() -> None:
 
 def test_mean_by_hand() -> None:
     matrix = mean(_spans(2, 5, 9), _spans(1, 4, 9)).dense()
-    np.testing.assert_allclose(matrix, [[1, 0, 0], [1 / 3, 2 / 3, 0], [0, 1 / 5, 4 / 5]])
+    np.testing.assert_allclose(matrix, np.array([[1, 0, 0], [1 / 3, 2 / 3, 0], [0, 1 / 5, 4 / 5]]))
 
 
 @settings(max_examples=200, deadline=None)

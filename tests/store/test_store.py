@@ -40,7 +40,8 @@ LENGTHS = [3, 4, 9, 1, 6, 12, 5]
 
 @pytest.fixture
 def store(tmp_path: Path) -> KVStore:
-    return write_store(tmp_path / "s.zarr", LENGTHS)[0]
+    written: KVStore = write_store(tmp_path / "s.zarr", LENGTHS)[0]
+    return written
 
 
 def _equal(found: KVSample, wanted: KVSample, dtype: torch.dtype) -> None:
@@ -95,10 +96,10 @@ def test_any_shape_round_trips_and_zarr_agrees(
         start, length = (int(group[name][position]) for name in ("start", "length"))  # type: ignore[index, arg-type]
         assert start % page == 0
         raw = np.asarray(group["keys"][start : start + length])  # type: ignore[index]
-        np.testing.assert_array_equal(raw, DTYPES[dtype].to_numpy(wanted.keys))  # type: ignore[arg-type]
+        np.testing.assert_array_equal(raw, DTYPES[dtype].to_numpy(wanted.keys))
     np.testing.assert_array_equal(
         store.values.compute(),
-        torch.cat([s.values for s in samples]).to(getattr(torch, dtype)).float().numpy().astype(store.values.dtype),  # type: ignore[misc]
+        torch.cat([s.values for s in samples]).to(getattr(torch, dtype)).float().numpy().astype(store.values.dtype),
     )
 
 
@@ -111,7 +112,7 @@ def test_shards_follow_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         _equal(found, wanted, torch.bfloat16)
     whole = np.asarray(zarr.open_array(tmp_path / "s.zarr/parts/00000/keys", mode="r")[:])
     start = int(store.part(0).starts[5])
-    np.testing.assert_array_equal(whole[start : start + 12], DTYPES["bfloat16"].to_numpy(samples[5].keys))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(whole[start : start + 12], DTYPES["bfloat16"].to_numpy(samples[5].keys))
 
 
 def test_dask_is_every_token_in_order_without_padding(store: KVStore) -> None:
@@ -205,7 +206,7 @@ def test_fingerprint_is_of_content_only() -> None:
     assert one.fingerprint == manifest(versions={"torch": "9"}).fingerprint
     assert not one.differences(manifest(versions={"torch": "9"}))
     for change in ({"corpus_digest": "x"}, {"dtype": "float32"}, {"parameters": {"a": 1}}, {"samples_per_part": 4}):
-        assert one.fingerprint != manifest(**change).fingerprint  # type: ignore[arg-type]
+        assert one.fingerprint != manifest(**change).fingerprint
     assert Manifest(**one.model_dump(exclude={"fingerprint"})).fingerprint == one.fingerprint
 
 
@@ -390,7 +391,7 @@ def test_background_writer_hands_its_error_to_the_caller(tmp_path: Path) -> None
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_other_processes_read_after_the_parent_has(store: KVStore, method: str) -> None:
     wanted = float(store[2].keys.float().sum())  # type: ignore[union-attr]
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     queue = context.Queue()
     target, argument = (read_open, store) if method == "fork" else (read_path, str(store.path))
     process = context.Process(target=target, args=(argument, queue))
