@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import AlignmentError, StageError
 from ..store import KVGeometry
 from ..store.files import write_atomic
-from .heads import HEAD_MAPS, HeadShape
+from .heads import HEAD_MAPS, Affine, HeadShape
 from .layers import LayerMap
 from .moments import Moments
 
@@ -106,6 +106,7 @@ def fit_projector(
     layers: LayerMap,
     *,
     heads: str,
+    scale: str = "own",
     pairs: Iterable[tuple[Pair, Pair | None]] = (),
     seed: int = 0,
 ) -> Projector:
@@ -116,6 +117,7 @@ def fit_projector(
         target: the student's geometry.
         layers: teacher layers for each student layer.
         heads: a name in `HEAD_MAPS`.
+        scale: `own`, or `unit` for targets that have mean zero and variance one in every layer.
         pairs: the teacher's keys and values on the student's tokens and, where the method needs them, the student's
         own;
             read once. Only rows that have a target.
@@ -127,6 +129,7 @@ def fit_projector(
     import torch
 
     method = HEAD_MAPS[heads]
+    measured = method.needs != "nothing" or scale == "unit"
     shapes = [
         HeadShape(len(s), source.num_key_value_heads, source.head_dim, target.num_key_value_heads, target.head_dim)
         for s in layers
@@ -135,23 +138,40 @@ def fit_projector(
         name: [Moments.zeros(s.source_width, s.target_width if method.needs == "student" else 0) for s in shapes]
         for name in ("keys", "values")
     }
-    if method.needs != "nothing":
+    if measured:
         for teacher, student in pairs:
             _accumulate(moments, layers, teacher, student if method.needs == "student" else None)
         if moments["keys"][0].count < 2:
-            raise AlignmentError(f"project.heads: {heads} has no calibration tokens to be fitted on")
+            raise AlignmentError(f"project: {heads} with scale {scale} has no calibration tokens to be fitted on")
     weights: dict[str, list[torch.Tensor]] = {}
     biases: dict[str, list[torch.Tensor]] = {}
     diagnostics: dict[str, list[dict[str, float]]] = {}
     for name in ("keys", "values"):
         generator = torch.Generator().manual_seed(seed * 2 + (name == "values"))
         fitted = [method.fit(s, m, generator) for s, m in zip(shapes, moments[name], strict=True)]
+        if scale == "unit":
+            fitted = [standardised(weight, m) for (weight, _), m in zip(fitted, moments[name], strict=True)]
         weights[name] = [weight.float() for weight, _ in fitted]
         biases[name] = [bias.float() for _, bias in fitted]
-        if method.needs != "nothing":
+        if measured:
             diagnostics[name] = [_diagnose(m, w, b) for m, (w, b) in zip(moments[name], fitted, strict=True)]
-    card = {"heads": heads, "seed": seed, "calibration_tokens": moments["keys"][0].count, "diagnostics": diagnostics}
+    card = {
+        "heads": heads,
+        "scale": scale,
+        "seed": seed,
+        "calibration_tokens": moments["keys"][0].count,
+        "diagnostics": diagnostics,
+    }
     return Projector(source, target, layers, weights, biases, card)
+
+
+def standardised(weight: torch.Tensor, moments: Moments) -> Affine:
+    """The same map, scaled and shifted so that its output has mean zero and, over all its numbers, variance one."""
+    import torch
+
+    produced = torch.trace(weight.T @ moments.cov_xx @ weight) / weight.shape[1]
+    weight = weight / torch.sqrt(produced) if produced > 0 else weight
+    return weight, -moments.mean_x @ weight
 
 
 def _accumulate(moments: dict[str, list[Moments]], layers: LayerMap, teacher: Pair, student: Pair | None) -> None:

@@ -78,6 +78,8 @@ class ProjectSettings(_Section):
 
     layers: Literal["uniform"] | list[int | list[int]] = "uniform"
     heads: str = "procrustes"
+    scale: Literal["own", "unit"] = "own"
+    """`own`: that of the head map (procrustes: the student's); `unit`: mean 0 and variance 1 in every layer."""
     calibration_samples: PositiveInt = 256
     """Training samples that a fitted map is fitted on."""
     dtype: DTypeName = "bfloat16"

@@ -270,8 +270,8 @@ class Run:
             parents["resampled"] = self.resampled_manifest(name).fingerprint
         if self.needs_reference:
             parents["reference"] = self.reference_manifest.fingerprint
-        fit: dict[str, Any] = {"layers": self.layers(name), "heads": project.heads, "seed": project.seed}
-        if HEAD_MAPS[project.heads].needs != "nothing":
+        fit: dict[str, Any] = {"layers": self.layers(name), **project.model_dump(include={"heads", "scale", "seed"})}
+        if HEAD_MAPS[project.heads].needs != "nothing" or project.scale == "unit":
             fit["calibration"] = self.calibration.digest
         return self._student_manifest(
             kind="target",

@@ -204,6 +204,7 @@ class ProjectStage(TransformStage):
                 run.student_geometry,
                 run.layers(self._teacher),
                 heads=recipe.project.heads,
+                scale=recipe.project.scale,
                 pairs=calibration_pairs(transform, parent, ids, reference),
                 seed=recipe.project.seed,
             )

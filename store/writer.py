@@ -22,7 +22,8 @@ QUEUE_BYTES: Final = 512 << 20
 class BackgroundWriter:
     """Writes parts in the order in which they are begun; an error of the thread is raised by the next call.
 
-    Use as a context manager: leaving it waits for the thread, and an exception drops the part in hand.
+    Use as a context manager: leaving it waits until all that was queued is written, after an exception too. Parts that
+    were committed are kept, the one in hand is dropped.
     """
 
     store: KVStore
@@ -44,8 +45,6 @@ class BackgroundWriter:
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
         with self._changed:
             self._closing = True
-            if exc_type is not None:
-                self._jobs.clear()
             self._changed.notify_all()
         self._thread.join()
         if self._part is not None:

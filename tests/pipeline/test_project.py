@@ -133,6 +133,17 @@ def test_procrustes_keeps_the_students_mean_and_variance() -> None:
         torch.testing.assert_close(made.var(0).sum(-1), own.var(0).sum(-1), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("heads", FITTED)
+def test_unit_scale_is_mean_zero_and_variance_one(heads: str) -> None:
+    one, two = _geometry(3, 3, 8), _geometry(2, 2, 6)
+    pairs = _pairs(one, two, tokens=4000)
+    projector = fit_projector(one, two, [[0], [2]], heads=heads, scale="unit", pairs=pairs)  # type: ignore[arg-type]
+    for number, name in enumerate(("keys", "values")):
+        made = projector.apply(name, torch.cat([p[0][number] for p in pairs])).flatten(2)
+        torch.testing.assert_close(made.mean(0), torch.zeros(2, 12), atol=1e-3, rtol=0)
+        torch.testing.assert_close(made.var(0).mean(-1), torch.ones(2), rtol=1e-3, atol=0)
+
+
 def test_no_calibration_is_an_error() -> None:
     with pytest.raises(AlignmentError, match="no calibration tokens"):
         fit_projector(_geometry(1, 1, 4), _geometry(1, 1, 4), [[0]], heads="pca")
