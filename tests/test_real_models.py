@@ -41,8 +41,15 @@ def test_smollm2_from_gguf_equals_its_own_cache() -> None:
     ids = torch.from_numpy(tokens.input_ids).long()[None]
     with torch.no_grad():
         output = teacher.model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
-    # The model is the real one: it knows the text's language.
-    assert float(torch.nn.functional.cross_entropy(output.logits[0, :-1], ids[0, 1:])) < 2.5
+        mixed = ids[:, torch.randperm(ids.shape[1], generator=torch.Generator().manual_seed(0))]
+        other = teacher.model(input_ids=mixed)
+    # The model is the real one: it finds its language likely, and the same words in another order much less so.
+    likely, unlikely = (
+        float(torch.nn.functional.cross_entropy(found.logits[0, :-1], read[0, 1:]))
+        for found, read in ((output, ids), (other, mixed))
+    )
+    assert likely < 4
+    assert unlikely > likely + 2
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     cos, sin = teacher.model.model.rotary_emb(keys[None], torch.arange(len(tokens))[None])
