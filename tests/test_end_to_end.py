@@ -2,96 +2,32 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
+from fixtures.command import KAVA, kava, write_recipe
 from fixtures.stores import tree
-from fixtures.tokenizers import TEXTS
 
 from kava.extract import Encoder
 from kava.hub import find_model, load_tokenizer
 from kava.pipeline import Projector, load_recipe
-from kava.pipeline.cli import main
 from kava.pipeline.resample import last
 from kava.pipeline.run import Run
 from kava.store import KVStore, Split
-
-KAVA = [sys.executable, "-m", "kava"]
-
-
-def kava(*arguments: Any, code: int = 0, new_process: bool = False, **options: Any) -> str:
-    """Runs the command and returns what it printed, both streams; no traceback ever.
-
-    In this process, because importing torch and transformers takes longer than a tiny run; the exit code and the messages
-    are those of the console script.
-    """
-    words = list(map(str, arguments))
-    if new_process or options:
-        run: Any = subprocess.run([*KAVA, *words], capture_output=True, text=True, **options)
-        printed, found = run.stdout + run.stderr, run.returncode
-    else:
-        stream, found = io.StringIO(), 0
-        with pytest.MonkeyPatch.context() as patch, redirect_stdout(stream), redirect_stderr(stream):
-            patch.setattr(sys, "argv", ["kava", *words])
-            try:
-                main()
-            except SystemExit as error:
-                found = int(error.code or 0)
-        printed = stream.getvalue()
-    assert found == code, printed
-    assert "Traceback" not in printed
-    return str(printed)
-
-
-def _rows(count: int = 24) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": f"r{n}",
-            "prompt": f"{n}. {TEXTS[n % 4]}",
-            "rationale": f"{n} + {n} = {2 * n}. ",
-            "answer": f"#### {2 * n}",
-        }
-        for n in range(count)
-    ]
-
-
-def write_recipe(root: Path, models: dict[str, Path], **changes: Any) -> Path:
-    (root / "corpus.jsonl").write_text("\n".join(json.dumps(row) for row in _rows()))
-    recipe: dict[str, Any] = {
-        "run_dir": str(root / "run"),
-        "corpus": {"path": str(root / "corpus.jsonl"), "heldout": {"ratio": 0.25}},
-        "samples_per_part": 5,
-        "teachers": {"big": {"model": str(models["teacher"]), "dtype": "float32"}},
-        "extract": {"dtype": "float32"},
-        "student": {"model": str(models["student"])},
-        "project": {"heads": "procrustes", "dtype": "float32"},
-        "train": {"max_steps": 6, "batch_size": 4, "logging_steps": 2, "eval_steps": 3, "learning_rate": 1e-3},
-    }
-    for key, value in changes.items():
-        recipe[key] = (
-            {**recipe[key], **value} if isinstance(value, dict) and isinstance(recipe.get(key), dict) else value
-        )
-    path = root / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return path
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path]) -> Path:
     """A recipe that was run to the end."""
-    recipe = write_recipe(tmp_path_factory.mktemp("run"), tiny_models)
+    recipe: Path = write_recipe(tmp_path_factory.mktemp("run"), tiny_models)
     kava("run", recipe, new_process=True)
     return recipe
 
@@ -354,77 +290,6 @@ def test_init_writes_a_recipe_and_keeps_an_old_one(tmp_path: Path) -> None:
     kava("init", tmp_path / "r.yaml")
     load_recipe(tmp_path / "r.yaml")
     assert "there already" in kava("init", tmp_path / "r.yaml", code=2)
-
-
-@pytest.mark.parametrize(
-    ("changes", "command", "message"),
-    [
-        ({}, ("run", "RECIPE", "-s", "train.alfa=1"), "did you mean 'alpha'"),
-        ({}, ("run", "RECIPE", "--only", "projct"), "did you mean project"),
-        ({}, ("train", "RECIPE"), "is not made yet"),
-        ({}, ("project", "RECIPE"), "there is no store at"),
-        (
-            {"corpus": {"fields": {"prompt": "q", "rationale": "q", "answer": "q"}}},
-            ("extract", "RECIPE"),
-            "corpus.jsonl line 1: none of",
-        ),
-        ({"teachers": {"big": {"model": "./nothing"}}}, ("extract", "RECIPE"), "no such file or folder"),
-        ({"teachers": {"big": {"model": "no/such-model"}}}, ("extract", "RECIPE"), "cannot be reached"),
-        ({"run_dir": "/proc/kava"}, ("run", "RECIPE", "--until", "extract"), "cannot write here"),
-        ({}, ("extract", "RECIPE", "--teacher", "small"), "there is no teacher 'small' in the recipe, only big"),
-        ({"student": {"tokenizer": "./none"}}, ("run", "RECIPE", "--only", "student"), "no such file or folder"),
-        ({"project": {"layers": [0, 1]}}, ("run", "RECIPE", "--dry-run"), "lists 2 layers, the student has 3"),
-    ],
-)
-def test_mistakes_are_one_line_and_exit_2(
-    tmp_path: Path, tiny_models: dict[str, Path], changes: dict[str, Any], command: tuple[str, ...], message: str
-) -> None:
-    recipe = write_recipe(tmp_path, tiny_models, **changes)
-    printed = kava(*(str(recipe) if part == "RECIPE" else part for part in command), code=2)
-    assert message in printed
-    (line,) = [line for line in printed.splitlines() if line.startswith("kava: ")]
-    assert message in line
-
-
-def test_too_long_a_text_keeps_what_was_written(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
-    recipe = write_recipe(tmp_path, tiny_models)
-    rows = _rows()
-    rows[12]["prompt"] = TEXTS[0] * 40
-    (tmp_path / "corpus.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    assert "sample 'r12': " in kava("extract", recipe, code=2)
-    store = KVStore.open(tmp_path / "run/teachers/big.zarr")
-    assert store.committed_parts() == [0, 1]
-    assert store.verify() == []
-    assert "1 failed samples" in kava("extract", recipe, "-s", "extract.too_long=skip")
-    before = tree(tmp_path / "run/teachers")
-    part = tmp_path / "run/teachers/big.zarr/parts/00002"
-    made = part.stat().st_ino
-    kava("extract", recipe, "-s", "extract.too_long=skip", "--retry-failed")
-    assert part.stat().st_ino != made, "the part with the failed sample was captured again"
-    assert tree(tmp_path / "run/teachers") == before
-    kava("run", recipe, "-s", "extract.too_long=skip")
-
-
-def test_a_full_disk_is_75_and_the_rest_stays_valid(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"mounting a small file system needs rights: {mounted.stderr.decode().strip()}")
-    try:
-        recipe = write_recipe(tmp_path, tiny_models, run_dir=str(disk / "run"))
-        printed = kava("run", recipe, "--only", "extract", code=75)
-        assert "no space left on device" in printed
-        assert "run the same command again" in printed
-        store = KVStore.open(disk / "run/teachers/big.zarr")
-        assert store.verify() == []
-        assert store.missing_parts()
-        assert not list((disk / "run/teachers/big.zarr/parts").glob(".tmp*"))
-        subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
-        kava("run", recipe, "--only", "extract")
-        assert not KVStore.open(disk / "run/teachers/big.zarr").missing_parts()
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def _names(folder: Path) -> list[str]:
