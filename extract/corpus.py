@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from ..errors import CorpusError, HubUnreachableError
 from ..hub import hub_reachable
-from ..store import Segment, Split, digest_file, digest_json
+from ..store import Segment, Split, digest_json
 
 Row = dict[str, Any]
 
@@ -316,9 +316,3 @@ def _hold_out(
     return [
         (replace(record, split=split[key in chosen]), place) for (record, place), key in zip(pairs, keys, strict=True)
     ]
-
-
-def corpus_file_digest(settings: CorpusSettings) -> str | None:
-    """Digest of the corpus files themselves where they are local files; None for a hub data set."""
-    paths = [Path(p).expanduser() for p in (settings.path, settings.heldout.path if settings.heldout else None) if p]
-    return digest_json([digest_file(p) for p in paths]) if all(p.is_file() for p in paths) else None

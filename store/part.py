@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DamagedStoreError, SampleFailedError, StoreError, StoreNotFoundError
-from .codec import codec_of, crc32c
+from .codec import codec_of
 from .dtypes import dtype_of
 from .files import disk_errors, fsync, fsync_tree
 from .fingerprint import digest_json
@@ -395,6 +395,3 @@ def file_crc32c(path: Path) -> int:
         while block := file.read(1 << 22):
             checksum.update(block)
     return int.from_bytes(checksum.digest(), "big")
-
-
-__all__ = ["PartReader", "PartWriter", "crc32c", "file_crc32c", "paged_array", "part_name", "remove_leftovers"]
