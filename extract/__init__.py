@@ -1,16 +1,17 @@
 """From a corpus and a teacher to a store of keys and values.
 
-`corpus` reads records and names their segments, `tokens` turns a record into token ids with UTF-8 byte spans, `hf`
-runs a teacher, `capture` is the loop from one to the other. This room knows nothing of students or recipes.
+`corpus` reads records and names their segments, `tokens` turns a record into token ids with UTF-8 byte spans, `hf` and
+`vllm` run a teacher, `capture` is the loop from one to the other. This room knows nothing of students or recipes.
 """
 
-from .capture import CaptureSettings, capture_store, plan_batches
+from .capture import CaptureSettings, capture_store
 from .corpus import Corpus, CorpusSettings, Record, load_corpus
-from .teacher import Teacher
+from .teacher import Captured, Teacher
 from .tokens import Encoder, Tokens
 
 __all__ = [
     "CaptureSettings",
+    "Captured",
     "Corpus",
     "CorpusSettings",
     "Encoder",
@@ -19,5 +20,4 @@ __all__ = [
     "Tokens",
     "capture_store",
     "load_corpus",
-    "plan_batches",
 ]

@@ -1,7 +1,7 @@
 """The capture loop: corpus in, store out, part by part.
 
-Inside a part, samples are batched by length under a token budget; the writer encodes and writes on its own thread while
-the next batch is computed. Batches never cross a part, so a part's bits depend on nothing but the part.
+A teacher gets the samples of one part at a time, and batches them as it likes; the writer encodes and writes on its own
+thread while the next batch is computed. Batches never cross a part, so a part's bits depend on nothing but the part.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
-from ..errors import CorpusError
+from ..errors import CorpusError, StoreError
 from ..store import BackgroundWriter, KVSample, KVStore
-from .corpus import Corpus
-from .teacher import Teacher
+from .corpus import Corpus, Record
+from .teacher import Captured, Teacher
 from .tokens import Encoder, Tokens
 
 
@@ -25,25 +25,11 @@ class CaptureSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     batch_tokens: PositiveInt = 4096
-    """Tokens in one forward pass, padding included."""
+    """Tokens in one forward pass; under Hugging Face padding included."""
     too_long: Literal["error", "skip"] = "error"
     """What to do with a sample longer than the teacher's context: stop, or record it as failed."""
-
-
-def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Indices grouped so that each group, padded to its longest, stays within `batch_tokens`; a group has one at least.
-
-    Sorted by length, longest first, so that padding is small and running out of memory happens at once or never.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    batches: list[list[int]] = []
-    for index in order:
-        longest = lengths[batches[-1][0]] if batches else 0
-        if batches and longest * (len(batches[-1]) + 1) <= batch_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
+    mix_backends: bool = False
+    """Let a store that one backend began be continued by another."""
 
 
 def capture_store(
@@ -63,13 +49,16 @@ def capture_store(
         corpus: its records, in the store's order.
         encoder: the teacher's tokenizer.
         teacher: what computes keys and values.
-        settings: batching and what to do with samples that are too long.
+        settings: what to do with samples that are too long, and with parts that another backend made.
         parts: only these parts.
-        on_text: called with the bytes of text of each finished batch.
+        on_text: called with the bytes of text of each finished sample.
 
     Raises:
         CorpusError: for a sample longer than the teacher's context, if `settings.too_long` is `error`.
+        StoreError: if another backend made parts of the store, unless `settings.mix_backends`.
     """
+    if not settings.mix_backends:
+        _refuse_other_backends(store, teacher.backend)
     wanted = [p for p in store.missing_parts() if parts is None or p in parts]
     with BackgroundWriter(store) as writer:
         for part in wanted:
@@ -88,22 +77,31 @@ def capture_store(
                 writer.fail(position, record.sample_id, record.split, reason)
                 del tokens[position]
             positions = list(tokens)
-            for batch in plan_batches([len(tokens[p]) for p in positions], settings.batch_tokens):
-                chosen = [positions[i] for i in batch]
-                captured = teacher.capture([tokens[p] for p in chosen])
-                for position, (keys, values) in zip(chosen, captured, strict=True):
-                    record = corpus.records[indices[position]]
-                    writer.append(position, _sample(record.sample_id, record.split, tokens[position], keys, values))
-                on_text(sum(len(corpus.records[indices[p]].text.encode()) for p in chosen))
-            writer.commit()
+            for captured in teacher.capture([tokens[p] for p in positions]):
+                position = positions[captured.index]
+                record = corpus.records[indices[position]]
+                writer.append(position, _sample(record, tokens[position], captured))
+                on_text(len(record.text.encode()))
+            writer.commit(written_by=teacher.backend)
 
 
-def _sample(sample_id: str, split: object, tokens: Tokens, keys: object, values: object) -> KVSample:
+def _refuse_other_backends(store: KVStore, backend: str) -> None:
+    name = backend.split()[0]
+    for number in store.committed_parts():
+        other = store.part(number).written_by
+        if other and other.split()[0] != name:
+            raise StoreError(
+                f"{store.path}: part {number} was captured by {other}, this is {backend}; numbers differ by rounding. "
+                "Set extract.mix_backends: true if that is meant, or write elsewhere (run_dir)"
+            )
+
+
+def _sample(record: Record, tokens: Tokens, captured: Captured) -> KVSample:
     return KVSample(
-        sample_id=sample_id,
-        split=split,  # type: ignore[arg-type]
-        keys=keys,  # type: ignore[arg-type]
-        values=values,  # type: ignore[arg-type]
+        sample_id=record.sample_id,
+        split=record.split,
+        keys=captured.keys,
+        values=captured.values,
         input_ids=tokens.input_ids,
         positions=tokens.positions,
         spans=tokens.spans,

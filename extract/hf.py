@@ -1,13 +1,16 @@
-"""A teacher under Hugging Face transformers: one padded forward pass, hooks on every attention layer."""
+"""A teacher under Hugging Face transformers: padded forward passes, hooks on every attention layer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from ..hub import ModelSource, load_model
 from ..store import KVGeometry
 from ..tap import KVTap, decoder, probe_geometry
+from .teacher import Captured
 from .tokens import Tokens
 
 if TYPE_CHECKING:
@@ -17,30 +20,52 @@ if TYPE_CHECKING:
 class HFTeacher:
     """A loaded model that captures its own pre-RoPE keys and values."""
 
-    def __init__(self, model: Any, *, padding_side: Literal["left", "right"] = "right") -> None:
-        self.model, self.padding_side = model, padding_side
+    def __init__(
+        self, model: Any, *, batch_tokens: int = 4096, padding_side: Literal["left", "right"] = "right"
+    ) -> None:
+        """Wraps a model; `batch_tokens` bounds the tokens of one forward pass, padding included."""
+        self.model, self.batch_tokens, self.padding_side = model, batch_tokens, padding_side
         self.geometry: KVGeometry = probe_geometry(model)
+        self.backend = f"hf {metadata.version('transformers')}"
 
     @classmethod
-    def load(cls, source: ModelSource, *, dtype: str, device: str = "auto") -> HFTeacher:
+    def load(cls, source: ModelSource, *, dtype: str, device: str = "auto", batch_tokens: int = 4096) -> HFTeacher:
         """Loads the model.
 
         Raises:
             ModelNotFoundError: if it cannot be loaded.
             UnsupportedModelError: if its architecture is not known.
         """
-        return cls(load_model(source, dtype=dtype, device=device))
+        return cls(load_model(source, dtype=dtype, device=device), batch_tokens=batch_tokens)
 
     @property
     def max_tokens(self) -> int:
         """`max_position_embeddings` of the model's config."""
         return int(self.model.config.max_position_embeddings)
 
-    def capture(self, batch: Sequence[Tokens]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Pre-RoPE keys and values of each sequence, `[t, l, h, d]` on the CPU, in the model's dtype.
+    def capture(self, samples: Sequence[Tokens]) -> Iterator[Captured]:
+        """Pre-RoPE keys and values of each sample, in the model's dtype, by batches of like length.
 
-        The language-model head is not run. Padding is masked and not returned.
+        The language-model head is not run. Padding is masked and not returned. A batch is handed over while the
+        device is at work on the next.
         """
+        before: Callable[[], list[Captured]] = list
+        for batch in plan_batches([len(tokens) for tokens in samples], self.batch_tokens):
+            launched = self._launch(batch, [samples[index] for index in batch])
+            yield from before()
+            before = launched
+        yield from before()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del self.model
+
+    def _launch(self, indices: list[int], batch: list[Tokens]) -> Callable[[], list[Captured]]:
+        """Starts a forward pass and the copies of its keys and values; the result waits for them."""
         import torch
 
         device = next(self.model.parameters()).device
@@ -60,5 +85,40 @@ class HFTeacher:
                 position_ids=positions.to(device),
                 use_cache=False,
             )
-            keys, values = (tensor.to("cpu") for tensor in tap.stack())
-        return [(keys[row, cut].clone(), values[row, cut].clone()) for row, cut in enumerate(rows)]
+            keys, values = (_to_host(tensor) for tensor in tap.stack())
+        copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+        def result() -> list[Captured]:
+            if copied is not None:
+                copied.synchronize()
+            return [
+                Captured(index, keys[row, cut].clone(), values[row, cut].clone())
+                for index, (row, cut) in zip(indices, enumerate(rows), strict=True)
+            ]
+
+        return result
+
+
+def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices grouped so that each group, padded to its longest, stays within `batch_tokens`; a group has one at least.
+
+    Sorted by length, longest first, so that padding is small and running out of memory happens at once or never.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    for index in order:
+        longest = lengths[batches[-1][0]] if batches else 0
+        if batches and longest * (len(batches[-1]) + 1) <= batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the CPU; from CUDA the copy is only started, into page-locked memory."""
+    import torch
+
+    if tensor.device.type != "cuda":
+        return tensor.to("cpu")
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

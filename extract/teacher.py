@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
 
 from ..store import KVGeometry
 from .tokens import Tokens
@@ -12,8 +14,26 @@ if TYPE_CHECKING:
     import torch
 
 
+@dataclass(frozen=True)
+class Captured:
+    """Keys and values of one sample, on the CPU."""
+
+    index: int
+    """Of the sample in the sequence that was given to `capture`."""
+    keys: torch.Tensor
+    """`[t, l, h, d]`, before rotary embedding, without padding."""
+    values: torch.Tensor
+    """`[t, l, h, d]`."""
+
+
 class Teacher(Protocol):
-    """Anything that computes keys and values of token sequences by teacher-forced prefill."""
+    """Anything that computes keys and values of token sequences by teacher-forced prefill.
+
+    A context manager: leaving it frees the model, or stops the engine.
+    """
+
+    backend: str
+    """What computes, and its version: `hf 5.19.0`."""
 
     @property
     def geometry(self) -> KVGeometry:
@@ -25,6 +45,12 @@ class Teacher(Protocol):
         """The longest sequence the model can read."""
         ...
 
-    def capture(self, batch: Sequence[Tokens]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Pre-RoPE keys and values `[t, l, h, d]` of each sequence, without padding, on the CPU."""
+    def capture(self, samples: Sequence[Tokens]) -> Iterator[Captured]:
+        """Computes every sample once, in an order of its own; the next is under way while one is looked at."""
         ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...

@@ -102,9 +102,28 @@ def extract(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Capture parts with failed samples again.")
     ] = False,
+    check_parity: Annotated[
+        int,
+        typer.Option(
+            "--check-parity",
+            metavar="N",
+            min=1,
+            help="Store nothing; compare N samples with Hugging Face in float32, layer by layer.",
+            show_default=False,
+        ),
+    ] = 0,
 ) -> None:
     """Capture the teachers' keys and values into stores."""
     loaded = _load(recipe, overrides)
+    if check_parity:
+        from .parity import measure_parity, print_parity
+
+        found = [measure_parity(loaded, name, check_parity) for name in _teachers(loaded, teacher)]
+        for parity in found:
+            print_parity(parity, out)
+        if not all(parity.holds for parity in found):
+            raise typer.Exit(EXIT_FAULT)
+        return
     if retry_failed:
         _drop_failed(loaded, teacher)
     _run(loaded, ["extract"], frozenset({"extract"} if force else ()), None, teacher)
@@ -310,10 +329,16 @@ def _check_stage(name: str, flag: str) -> None:
         raise RecipeError(f"{flag} {name}: there is no such stage; {hint}")
 
 
+def _teachers(loaded: Any, only: str | None) -> list[str]:
+    if only is not None:
+        loaded.teacher(only)
+    return [only] if only is not None else list(loaded.recipe.teachers)
+
+
 def _drop_failed(loaded: Any, teacher: str | None) -> None:
     from ..store import KVStore
 
-    for name in [teacher] if teacher else loaded.recipe.teachers:
+    for name in _teachers(loaded, teacher):
         store = KVStore.open(loaded.teacher_path(name))
         for part in store.committed_parts():
             if store.part(part).failed:

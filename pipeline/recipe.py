@@ -10,13 +10,14 @@ import difflib
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from ..errors import RecipeError
 from ..extract import CaptureSettings, CorpusSettings
+from ..extract.vllm.settings import EngineSettings
 from ..store import CODECS, KVGeometry
 from ..store.files import write_atomic
 from ..train.settings import StudentSettings, TrainSettings
@@ -39,7 +40,9 @@ class TeacherSettings(_Section):
     dtype: DTypeName = "bfloat16"
     """Of the weights and the forward pass."""
     device: str = "auto"
-    """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
+    """`auto`, `cpu`, `cuda`, `cuda:1`, ...; vLLM takes the devices that it sees."""
+    engine: EngineSettings = EngineSettings()
+    """How vLLM runs it, with `extract.backend: vllm`."""
     chat_template: bool = False
     trust_remote_code: bool = False
     geometry: KVGeometry | None = None
@@ -49,7 +52,8 @@ class TeacherSettings(_Section):
 class ExtractSettings(CaptureSettings):
     """Capture of every teacher."""
 
-    backend: Literal["hf"] = "hf"
+    backend: Literal["hf", "vllm"] = "hf"
+    """What runs the teachers: Hugging Face transformers, or vLLM."""
     dtype: DTypeName = "bfloat16"
     """Storage dtype of the teacher stores."""
     codec: str = "blosc-zstd"
@@ -120,6 +124,18 @@ class Recipe(_Section):
             if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
                 raise ValueError(f"teacher name {name!r} must be letters, digits, '.', '-' and '_': it names files")
         return teachers
+
+    @model_validator(mode="after")
+    def _fits_the_backend(self) -> Self:
+        for name, teacher in self.teachers.items():
+            if self.extract.backend == "hf" and teacher.engine.quantization is not None:
+                raise ValueError(f"teachers.{name}.engine.quantization needs extract.backend: vllm")
+            if self.extract.backend == "vllm" and teacher.device != "auto":
+                raise ValueError(
+                    f"teachers.{name}.device: vLLM takes the devices that it sees; leave it at auto and choose them "
+                    "with CUDA_VISIBLE_DEVICES"
+                )
+        return self
 
     def save(self, path: Path) -> None:
         """Writes the recipe with every default filled in."""

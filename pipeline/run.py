@@ -215,8 +215,10 @@ class Run:
         """The manifest of a teacher's capture."""
         settings, source = self.teacher(name), self.teacher_source(name)
         tokenizer = load_tokenizer(source)
+        quantization = settings.engine.quantization
         return self._manifest(
             kind="capture",
+            parameters={"quantization": quantization} if quantization else {},
             geometry=self.teacher_geometry(name),
             dtype=self.recipe.extract.dtype,
             codec=self.recipe.extract.codec,

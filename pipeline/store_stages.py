@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import KavaError, StageError, StoreError, StoreNotFoundError
-from ..extract import Encoder, capture_store
+from ..extract import Encoder, Teacher, capture_store
 from ..progress import progress
 from ..store import KVStore, Manifest
 from .parallel import run_parts
@@ -79,12 +79,9 @@ class ExtractStage(StoreStage):
 
     def make(self, scheduler: str | None) -> str:
         """Runs the teacher over the parts that are missing."""
-        from ..extract.hf import HFTeacher
-
-        settings = self.run.teacher(self._teacher)
         store = KVStore.create(self.output, self.manifest())
-        teacher = HFTeacher.load(self.run.teacher_source(self._teacher), dtype=settings.dtype, device=settings.device)
-        _capture(self.label, store, self.run.corpus, self.run.teacher_encoder(self._teacher), teacher, self.run)
+        with open_teacher(self.run, self._teacher) as teacher:
+            _capture(self.label, store, self.run.corpus, self.run.teacher_encoder(self._teacher), teacher, self.run)
         return _describe(store)
 
 
@@ -107,7 +104,9 @@ class ReferenceStage(StoreStage):
         from ..extract.hf import HFTeacher
 
         store = KVStore.create(self.output, self.manifest())
-        student = HFTeacher.load(self.run.student_source, dtype="float32")
+        student = HFTeacher.load(
+            self.run.student_source, dtype="float32", batch_tokens=self.run.recipe.extract.batch_tokens
+        )
         _capture(self.label, store, self.run.calibration, _student_encoder(self.run), student, self.run)
         return _describe(store)
 
@@ -213,7 +212,30 @@ class ProjectStage(TransformStage):
         return _transform(run, parent, self.output, resampler, path)
 
 
-def _capture(label: str, store: KVStore, corpus: Any, encoder: Encoder, teacher: Any, run: Run) -> None:
+def open_teacher(run: Run, name: str) -> Teacher:
+    """A teacher of the recipe, on the backend that the recipe names.
+
+    Raises:
+        KavaError: if it cannot be loaded or started.
+    """
+    recipe, settings, source = run.recipe, run.teacher(name), run.teacher_source(name)
+    if recipe.extract.backend == "vllm":
+        from ..extract.vllm.teacher import VLLMTeacher
+
+        return VLLMTeacher(
+            source,
+            dtype=settings.dtype,
+            output_dtype=recipe.extract.dtype,
+            settings=settings.engine,
+            batch_tokens=recipe.extract.batch_tokens,
+        )
+    from ..extract.hf import HFTeacher
+
+    batch_tokens = recipe.extract.batch_tokens
+    return HFTeacher.load(source, dtype=settings.dtype, device=settings.device, batch_tokens=batch_tokens)
+
+
+def _capture(label: str, store: KVStore, corpus: Any, encoder: Encoder, teacher: Teacher, run: Run) -> None:
     if teacher.geometry != store.geometry:
         raise KavaError(f"{label}: the loaded model has {teacher.geometry}, its config promised {store.geometry}")
     missing = sum(len(store.manifest.part_samples(part)) for part in store.missing_parts())

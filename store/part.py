@@ -114,11 +114,12 @@ class PartWriter:
         self._claim(position, sample_id, split)
         self._record(position, reason)
 
-    def commit(self, sources: dict[str, str] | None = None) -> Path:
+    def commit(self, sources: dict[str, str] | None = None, *, written_by: str = "") -> Path:
         """Flushes the part and renames it into place.
 
         Args:
             sources: the digests of the parent parts this part was made from.
+            written_by: what computed it, for provenance.
 
         Raises:
             StoreError: if a sample is missing or the part is there already.
@@ -134,6 +135,7 @@ class PartWriter:
                 "num_rows": self._pages["keys"].num_pages * self.manifest.page_tokens,
                 "failed": self._failed,
                 "sources": sources or {},
+                "written_by": written_by,
                 "statistics": self._statistics(),
                 "files": _file_table(self._folder),
             }
@@ -230,6 +232,11 @@ class PartReader:
     def sources(self) -> dict[str, str]:
         """Digests of the parent parts."""
         return dict(self.attributes["sources"])
+
+    @property
+    def written_by(self) -> str:
+        """What computed the part: a capture's backend and its version."""
+        return str(self.attributes.get("written_by", ""))
 
     @property
     def statistics(self) -> dict[str, Any]:

@@ -37,7 +37,8 @@ def test_smollm2_from_gguf_equals_its_own_cache() -> None:
     assert model_geometry(source) == KVGeometry(num_layers=30, num_key_value_heads=3, head_dim=64)
     teacher = HFTeacher.load(source, dtype="float32")
     tokens = Encoder(load_tokenizer(source)).encode(_record())
-    ((keys, values),) = teacher.capture([tokens])
+    (captured,) = teacher.capture([tokens])
+    keys, values = captured.keys, captured.values
     ids = torch.from_numpy(tokens.input_ids).long()[None]
     with torch.no_grad():
         output = teacher.model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)

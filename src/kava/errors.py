@@ -9,8 +9,10 @@ what is wrong, where, and how to mend it, in one line; the command line prints i
     ├── AlignmentError            2   ValueError        tokens, spans, indices, layers or heads that do not fit
     ├── UnsupportedModelError     2   NotImplementedError
     ├── ModelNotFoundError        2   FileNotFoundError
-    │   └── HubUnreachableError   2                     a model or data set is not in the local cache, and there is no
-    network ├── StoreError                2   ValueError
+    │   └── HubUnreachableError   2                     not in the local cache, and there is no network
+    ├── BackendNotInstalledError  2   ImportError       the engine that the recipe asks for, or its version
+    ├── CaptureError              1   RuntimeError      an engine did not deliver every row exactly once
+    ├── StoreError                2   ValueError
     │   ├── StoreNotFoundError    2   FileNotFoundError
     │   ├── ManifestMismatchError 2                     a store of other content, naming every differing field
     │   ├── SampleFailedError     2   LookupError       this sample has no K/V; the reason was recorded
@@ -61,6 +63,16 @@ class HubUnreachableError(ModelNotFoundError):
             "network, or name a local folder"
         )
         self.name = name
+
+
+class BackendNotInstalledError(KavaError, ImportError):
+    """The engine that the recipe asks for is not installed, or not in a version that is supported."""
+
+
+class CaptureError(KavaError, RuntimeError):
+    """An engine did not deliver every row of a prompt exactly once, or not of the tokens it was given."""
+
+    exit_code = EXIT_FAULT
 
 
 class StoreError(KavaError, ValueError):

@@ -165,6 +165,23 @@ def load_model(source: ModelSource, *, dtype: str, device: str = "auto") -> Any:
     return _densified(model).to(device).eval()
 
 
+def dense_source(source: ModelSource) -> ModelSource:
+    """The same model as a plain folder: one in a GGUF file is unpacked once, in float32, into kava's cache.
+
+    Raises:
+        ModelNotFoundError: if it cannot be loaded.
+    """
+    if not source.gguf_file:
+        return source
+    sidecar = _gguf_sidecar(source)
+    folder = sidecar.with_name(f"{sidecar.name}-dense")
+    if not folder.is_dir():
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+        load_model(source, dtype="float32", device="cpu").save_pretrained(temporary)
+        _put_in_place(temporary, folder)
+    return find_model(str(folder))
+
+
 @cache
 def model_geometry(source: ModelSource) -> KVGeometry:
     """The KV geometry of a model, from its config alone."""
@@ -234,11 +251,15 @@ def _gguf_sidecar(source: ModelSource) -> Path:
         config = _unquantized(AutoConfig.from_pretrained(source.location, **source.options))
         config.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(source.location, **source.options).save_pretrained(temporary)
-        try:
-            temporary.rename(folder)
-        except OSError:  # Another process was first.
-            shutil.rmtree(temporary)
+        _put_in_place(temporary, folder)
     return folder
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    try:
+        temporary.rename(folder)
+    except OSError:  # Another process was first.
+        shutil.rmtree(temporary)
 
 
 def _densified(model: Any) -> Any:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,9 @@ from fixtures.tokenizers import TEXTS, byte_level_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kava.errors import CorpusError
-from kava.extract import CaptureSettings, Corpus, Encoder, Record, Tokens, capture_store, plan_batches
-from kava.extract.hf import HFTeacher
+from kava.errors import CorpusError, StoreError
+from kava.extract import Captured, CaptureSettings, Corpus, Encoder, Record, Tokens, capture_store
+from kava.extract.hf import HFTeacher, plan_batches
 from kava.store import KVStore, Segment
 
 ENCODER = Encoder(byte_level_tokenizer(400))
@@ -33,7 +33,7 @@ def _store(path: Path, teacher: HFTeacher, count: int = 9) -> KVStore:
 
 @pytest.fixture(scope="module")
 def teacher() -> HFTeacher:
-    return HFTeacher(tiny_model("llama", vocab=400))
+    return HFTeacher(tiny_model("llama", vocab=400), batch_tokens=120)
 
 
 @given(st.lists(st.integers(1, 500), max_size=60), st.integers(1, 1000))
@@ -50,7 +50,7 @@ def test_batches_hold_every_sample_once_within_the_budget(lengths: list[int], bu
 def test_every_token_of_every_sample_is_stored(tmp_path: Path, teacher: HFTeacher) -> None:
     store, corpus = _store(tmp_path / "s.zarr", teacher), _corpus()
     told: list[int] = []
-    capture_store(store, corpus, ENCODER, teacher, CaptureSettings(batch_tokens=120), on_text=told.append)
+    capture_store(store, corpus, ENCODER, teacher, CaptureSettings(), on_text=told.append)
     assert sum(told) == sum(len(r.text.encode()) for r in corpus.records)
     assert store.verify() == []
     for record, sample in zip(corpus.records, store, strict=True):
@@ -58,35 +58,49 @@ def test_every_token_of_every_sample_is_stored(tmp_path: Path, teacher: HFTeache
         assert sample.sample_id == record.sample_id
         np.testing.assert_array_equal(sample.input_ids, tokens.input_ids)
         np.testing.assert_array_equal(sample.spans, tokens.spans)
-        ((keys, values),) = teacher.capture([tokens])
-        torch.testing.assert_close(sample.keys, keys, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(sample.values, values, rtol=1e-5, atol=1e-5)
+        (captured,) = teacher.capture([tokens])
+        torch.testing.assert_close(sample.keys, captured.keys, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sample.values, captured.values, rtol=1e-5, atol=1e-5)
 
 
-class _FailsAfter:
+class _FailsAfter(HFTeacher):
     """A teacher that is cut off in the middle."""
 
-    def __init__(self, teacher: HFTeacher, batches: int) -> None:
-        self.teacher, self.left = teacher, batches
-        self.geometry, self.max_tokens = teacher.geometry, teacher.max_tokens
+    def __init__(self, teacher: HFTeacher, samples: int) -> None:
+        super().__init__(teacher.model, batch_tokens=teacher.batch_tokens)
+        self.left = samples
 
-    def capture(self, batch: Sequence[Tokens]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        self.left -= 1
-        if self.left < 0:
-            raise RuntimeError("out of memory")
-        return self.teacher.capture(batch)
+    def capture(self, samples: Sequence[Tokens]) -> Iterator[Captured]:
+        for captured in super().capture(samples):
+            self.left -= 1
+            if self.left < 0:
+                raise RuntimeError("out of memory")
+            yield captured
 
 
 def test_an_interrupted_capture_goes_on_and_ends_bit_identical(tmp_path: Path, teacher: HFTeacher) -> None:
-    settings, corpus = CaptureSettings(batch_tokens=60), _corpus()
+    settings, corpus = CaptureSettings(), _corpus()
     whole = _store(tmp_path / "whole.zarr", teacher)
     capture_store(whole, corpus, ENCODER, teacher, settings)
-    for batches in (0, 1, 2, 4):
-        path = tmp_path / f"{batches}.zarr"
+    for samples in (0, 1, 4, 5, 8):
+        path = tmp_path / f"{samples}.zarr"
         with pytest.raises(RuntimeError, match="out of memory"):
-            capture_store(_store(path, teacher), corpus, ENCODER, _FailsAfter(teacher, batches), settings)
+            capture_store(_store(path, teacher), corpus, ENCODER, _FailsAfter(teacher, samples), settings)
         capture_store(_store(path, teacher), corpus, ENCODER, teacher, settings)
         assert tree(path) == tree(whole.path)
+
+
+def test_another_backend_goes_on_only_if_asked_to(tmp_path: Path, teacher: HFTeacher) -> None:
+    store, corpus = _store(tmp_path / "s.zarr", teacher), _corpus()
+    capture_store(store, corpus, ENCODER, teacher, CaptureSettings(), parts=[0])
+    assert store.part(0).written_by == teacher.backend
+    other = HFTeacher(teacher.model)
+    other.backend = "vllm 0.99"
+    with pytest.raises(StoreError, match=r"part 0 was captured by hf .*, this is vllm 0.99.*mix_backends: true"):
+        capture_store(store, corpus, ENCODER, other, CaptureSettings())
+    capture_store(store, corpus, ENCODER, other, CaptureSettings(mix_backends=True))
+    assert store.missing_parts() == []
+    assert store.part(2).written_by == "vllm 0.99"
 
 
 def test_only_some_parts(tmp_path: Path, teacher: HFTeacher) -> None:

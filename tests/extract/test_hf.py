@@ -53,9 +53,12 @@ def _rotate(model: Any, keys: torch.Tensor, layer: int) -> torch.Tensor:
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_captured_equals_the_models_own_cache_in_float32(model_type: str, padding_side: Any) -> None:
     model = tiny_model(model_type)
-    teacher = HFTeacher(model, padding_side=padding_side)
+    teacher = HFTeacher(model, padding_side=padding_side, batch_tokens=40)
     batch = [_tokens(n) for n in LENGTHS]
-    for tokens, (keys, values) in zip(batch, teacher.capture(batch), strict=True):
+    found = {c.index: c for c in teacher.capture(batch)}
+    assert sorted(found) == list(range(len(batch)))
+    for index, tokens in enumerate(batch):
+        keys, values = found[index].keys, found[index].values
         assert keys.shape == (len(tokens), *teacher.geometry.shape)
         for layer, (own_keys, own_values) in enumerate(_own_cache(model, tokens)):
             torch.testing.assert_close(_rotate(model, keys[:, layer], layer), own_keys, rtol=1e-5, atol=1e-5)
@@ -69,7 +72,8 @@ def test_captured_equals_the_models_own_cache_in_bfloat16(model_type: str) -> No
     model = tiny_model(model_type, scale=4.0).to(torch.bfloat16)
     teacher = HFTeacher(model)
     tokens = _tokens(24)
-    ((keys, values),) = teacher.capture([tokens])
+    (captured,) = teacher.capture([tokens])
+    keys, values = captured.keys, captured.values
     assert keys.dtype == torch.bfloat16
     for layer, (own_keys, own_values) in enumerate(_own_cache(model, tokens)):
         assert torch.equal(values[:, layer], own_values)
@@ -123,5 +127,6 @@ def test_the_tap_carries_gradient_and_removes_its_hooks() -> None:
 def test_a_batch_changes_nothing_but_rounding() -> None:
     teacher = HFTeacher(tiny_model("llama"))
     batch = [_tokens(n) for n in LENGTHS]
-    for tokens, (keys, _) in zip(batch, teacher.capture(batch), strict=True):
-        torch.testing.assert_close(keys, teacher.capture([tokens])[0][0], rtol=1e-5, atol=1e-5)
+    for captured in teacher.capture(batch):
+        (alone,) = teacher.capture([batch[captured.index]])
+        torch.testing.assert_close(captured.keys, alone.keys, rtol=1e-5, atol=1e-5)

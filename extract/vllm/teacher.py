@@ -1,0 +1,282 @@
+"""Starts a vLLM engine with kava's connector, feeds it token ids, and takes keys and values out as they come."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+
+import numpy as np
+
+from ...errors import CaptureError, KavaError, RecipeError, RetryLaterError, UnsupportedModelError
+from ...hub import ModelSource, dense_source, load_config, model_geometry
+from ...store import KVGeometry
+from ..teacher import Captured
+from ..tokens import Tokens
+from .compat import installed_version
+from .handover import Inbox
+from .settings import EngineSettings
+
+if TYPE_CHECKING:
+    from .assembly import Assembly
+
+T = TypeVar("T")
+_CONNECTOR: Final = f"{__package__}.connector"
+_WORKER: Final = f"{__package__}.worker.CaptureWorker"
+_log = logging.getLogger(__name__)
+
+
+class VLLMTeacher:
+    """A running engine that captures pre-RoPE keys and values of prompts.
+
+    The engine lives on one thread of its own, where it is also started: vLLM and CUDA keep state per thread, and the
+    caller can write samples while the next step is computed.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        *,
+        dtype: str,
+        output_dtype: str,
+        settings: EngineSettings,
+        batch_tokens: int = 4096,
+    ) -> None:
+        """Starts the engine.
+
+        Args:
+            source: the model.
+            dtype: of weights and forward pass.
+            output_dtype: of the keys and values that `capture` returns.
+            settings: options of the engine.
+            batch_tokens: tokens in one step, if the settings do not say.
+
+        Raises:
+            BackendNotInstalledError: if vLLM is not there, or not in a supported version.
+            RecipeError: if the engine does not start with these settings.
+            UnsupportedModelError: if what this engine computes cannot be captured.
+        """
+        self.backend = f"vllm {installed_version()}"
+        _quiet()
+        self.geometry: KVGeometry = model_geometry(source)
+        self._config = load_config(source)
+        self._output_dtype, self._settings = output_dtype, settings
+        self.max_tokens = _max_tokens(self._config, settings)
+        self._assembly: Assembly | None = None
+        self._calls = 0
+        self._closing = False
+        self._engine = ThreadPoolExecutor(1, thread_name_prefix="kava-engine")
+        self._inbox = Inbox(self._note)
+        self._llm: Any = None
+        try:
+            self._llm = self._on_engine(self._start, dense_source(source), dtype, batch_tokens)
+            self._attach()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers, by rank."""
+        return [pid for _, pid in sorted(self._inbox.pids.items())]
+
+    def capture(self, samples: Sequence[Tokens]) -> Iterator[Captured]:
+        """Pre-RoPE keys and values of each sample, in the order in which they become complete.
+
+        Leaving the iteration early stops the engine.
+
+        Raises:
+            CaptureError: if the engine computed other tokens, or did not deliver every row exactly once.
+            RetryLaterError: if the engine died.
+        """
+        import torch
+
+        from .assembly import Assembly
+
+        for index, tokens in enumerate(samples):
+            if not np.array_equal(tokens.positions, np.arange(len(tokens))):
+                raise UnsupportedModelError(f"prompt {index}: vLLM computes positions 0, 1, ... only")
+        self._calls += 1
+        lengths = [len(tokens) for tokens in samples]
+        assembly = Assembly(
+            self._calls, lengths, self.geometry, getattr(torch, self._output_dtype), workers=len(self.worker_pids)
+        )
+        self._assembly = assembly
+        future = self._engine.submit(self._compute, self._calls, samples)
+        future.add_done_callback(lambda done: _pass_on(done, assembly))
+        finished = False
+        try:
+            yield from assembly
+            future.result()
+            finished = True
+        finally:
+            if not finished:
+                self.close()
+
+    def close(self) -> None:
+        """Stops the engine and all its processes."""
+        if self._closing:
+            return
+        self._closing = True
+        if self._assembly is not None:
+            self._assembly.fail(CaptureError("the engine was stopped"))
+        self._inbox.close()  # First: a worker that waits for room in its ring would wait forever.
+        with suppress(Exception):
+            self._on_engine(self._stop)
+        self._engine.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # On the engine's thread.
+
+    def _start(self, source: ModelSource, dtype: str, batch_tokens: int) -> Any:
+        import torch
+        from vllm import LLM
+        from vllm.config import KVTransferConfig
+
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if self._settings.deterministic else "1"
+        os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # By the one token that is sampled but never computed.
+        if not torch.cuda.is_available():
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        arguments = self._arguments(source, dtype, batch_tokens)
+        try:
+            return LLM(
+                **arguments,
+                kv_transfer_config=KVTransferConfig(
+                    kv_connector="KavaConnector", kv_connector_module_path=_CONNECTOR, kv_role="kv_producer"
+                ),
+            )
+        except KavaError:
+            raise
+        except (ValueError, TypeError, RuntimeError, NotImplementedError, AssertionError, OSError) as error:
+            _log.info("vLLM did not start", exc_info=True)
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise RecipeError(f"vLLM does not start with these engine settings: {reason}") from error
+
+    def _arguments(self, source: ModelSource, dtype: str, batch_tokens: int) -> dict[str, Any]:
+        from vllm.engine.arg_utils import EngineArgs
+
+        settings = self._settings
+        known = {field.name for field in dataclasses.fields(EngineArgs)}
+        for name in settings.engine_args:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise RecipeError(f"engine.engine_args: vLLM has no argument {name!r}{hint}")
+        prefix_caching = settings.enable_prefix_caching
+        if prefix_caching is None:
+            prefix_caching = not getattr(self._config, "sliding_window", None)
+        arguments: dict[str, Any] = {
+            "model": source.location,
+            "revision": source.revision,
+            "trust_remote_code": source.trust_remote_code,
+            "dtype": dtype,
+            "skip_tokenizer_init": True,
+            "worker_extension_cls": _WORKER,
+            "tensor_parallel_size": settings.tensor_parallel_size,
+            "pipeline_parallel_size": settings.pipeline_parallel_size,
+            "max_model_len": self.max_tokens + 1,  # The token that vLLM insists to sample is counted, never computed.
+            "max_num_batched_tokens": settings.max_num_batched_tokens or batch_tokens,
+            "max_num_seqs": min(settings.max_num_seqs, settings.max_num_batched_tokens or batch_tokens),
+            "enable_prefix_caching": prefix_caching,
+            "enforce_eager": settings.enforce_eager,
+            "seed": 0,
+            "disable_log_stats": True,
+        }
+        for name in ("gpu_memory_utilization", "kv_cache_memory_bytes", "block_size", "quantization"):
+            if (value := getattr(settings, name)) is not None:
+                arguments[name] = value
+        return arguments | settings.engine_args
+
+    def _compute(self, call: int, samples: Sequence[Tokens]) -> None:
+        from vllm import SamplingParams
+
+        from .connector import PARAMETER, prompt_digest
+
+        self._llm.reset_prefix_cache()  # What a part holds must not depend on the parts before it.
+        prompts = [{"prompt_token_ids": tokens.input_ids.tolist()} for tokens in samples]
+        parameters = [
+            SamplingParams(
+                max_tokens=1,
+                temperature=0.0,
+                detokenize=False,
+                extra_args={"kv_transfer_params": {PARAMETER: [call, index]}},
+            )
+            for index in range(len(samples))
+        ]
+        outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+            ids = prompt["prompt_token_ids"]
+            reply = output.kv_transfer_params or {}
+            if list(output.prompt_token_ids) != ids or reply.get("digest") != prompt_digest(ids):
+                raise CaptureError(f"prompt {index}: the engine computed other tokens than it was given")
+            if reply.get(PARAMETER) != [call, index] or reply.get("rows") != len(ids):
+                raise CaptureError(f"prompt {index}: of {len(ids)} rows the engine planned {reply.get('rows')}")
+        self._llm.collective_rpc("kava_flush", args=(call,))
+
+    def _stop(self) -> None:
+        if self._llm is None:
+            return
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
+
+    # Here.
+
+    def _on_engine(self, work: Callable[..., T], *args: Any) -> T:
+        return self._engine.submit(work, *args).result()
+
+    def _attach(self) -> None:
+        settings, address = self._settings, self._inbox.address
+        heads = self.geometry.num_key_value_heads
+        arguments = ((address.name, address.key), self._output_dtype, settings.handover_bytes, heads)
+        problems = self._on_engine(lambda: self._llm.collective_rpc("kava_attach", args=arguments))
+        if found := next((problem for problem in problems if problem), None):
+            raise UnsupportedModelError(f"{self._config.model_type} under vLLM: {found}")
+        self._inbox.wait(len(problems))
+
+    def _note(self, rank: int, note: Any, data: memoryview | None) -> None:
+        if self._closing:
+            return
+        if self._assembly is not None:
+            self._assembly.take(rank, note, data)
+
+
+def _pass_on(done: Future[None], assembly: Assembly) -> None:
+    error = done.exception()
+    if error is None:
+        return
+    if not isinstance(error, KavaError) and type(error).__name__ == "EngineDeadError":
+        error = RetryLaterError("the vLLM engine died; finished parts are kept, run the same command again")
+    assembly.fail(error)
+
+
+def _max_tokens(config: Any, settings: EngineSettings) -> int:
+    longest = int(config.max_position_embeddings)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope" and settings.max_model_len is None:
+        # vLLM uses the long factors for every prompt if any prompt may be long; transformers chooses by length.
+        longest = int(rope.get("original_max_position_embeddings", longest))
+    return min(longest, settings.max_model_len or longest)
+
+
+def _quiet() -> None:
+    """Before vLLM is imported: it reports home and logs at length otherwise."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    if not os.environ.get("KAVA_VERBOSE"):
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
