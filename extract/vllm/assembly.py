@@ -145,8 +145,8 @@ class Assembly:
             cells = self._lengths[absent[0]] * self._geometry.num_layers * self._geometry.num_key_value_heads
             missing = cells if partial is None else partial.missing
         raise CaptureError(
-            f"{len(absent)} of {len(self._lengths)} prompts are incomplete; of prompt {absent[0]}, {missing} of {cells} "
-            "(token, layer, head) rows did not come"
+            f"{len(absent)} of {len(self._lengths)} prompts are incomplete; of prompt {absent[0]}, {missing} of "
+            f"{cells} (token, layer, head) rows did not come"
         )
 
 

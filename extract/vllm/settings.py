@@ -48,8 +48,9 @@ class EngineSettings(BaseModel):
     """Tokens in one block of the paged cache; vLLM's default if None."""
     enable_prefix_caching: bool | None = None
     """Compute prefixes that samples of one part share only once; on, but for models with sliding windows."""
-    enforce_eager: bool = True
-    """No compilation and no CUDA graphs: these speed up decoding, and cost a minute at the start."""
+    enforce_eager: bool = False
+    """No compilation: starts a minute earlier and computes a little slower. CUDA graphs, which only help decoding, are
+    never made."""
     quantization: str | None = None
     """Of the weights. It changes the numbers, so it is part of the store's content."""
     deterministic: bool = True

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -119,6 +120,10 @@ class VLLMTeacher:
             if not finished:
                 self.close()
 
+    def prefill(self, samples: Sequence[Tokens]) -> None:
+        """The same computation, of which nothing is captured: what a capture is compared with."""
+        self._on_engine(self._compute, None, samples)
+
     def close(self) -> None:
         """Stops the engine and all its processes."""
         if self._closing:
@@ -194,13 +199,16 @@ class VLLMTeacher:
             "enforce_eager": settings.enforce_eager,
             "seed": 0,
             "disable_log_stats": True,
+            "use_tqdm_on_load": False,
         }
+        if not settings.enforce_eager:
+            arguments["compilation_config"] = {"cudagraph_mode": "NONE"}
         for name in ("gpu_memory_utilization", "kv_cache_memory_bytes", "block_size", "quantization"):
             if (value := getattr(settings, name)) is not None:
                 arguments[name] = value
         return arguments | settings.engine_args
 
-    def _compute(self, call: int, samples: Sequence[Tokens]) -> None:
+    def _compute(self, call: int | None, samples: Sequence[Tokens]) -> None:
         from vllm import SamplingParams
 
         from .connector import PARAMETER, prompt_digest
@@ -212,11 +220,13 @@ class VLLMTeacher:
                 max_tokens=1,
                 temperature=0.0,
                 detokenize=False,
-                extra_args={"kv_transfer_params": {PARAMETER: [call, index]}},
+                extra_args=None if call is None else {"kv_transfer_params": {PARAMETER: [call, index]}},
             )
             for index in range(len(samples))
         ]
         outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        if call is None:
+            return
         for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
             ids = prompt["prompt_token_ids"]
             reply = output.kv_transfer_params or {}
@@ -278,5 +288,9 @@ def _quiet() -> None:
     """Before vLLM is imported: it reports home and logs at length otherwise."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
-    if not os.environ.get("KAVA_VERBOSE"):
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if os.environ.get("KAVA_VERBOSE"):
+        return
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
