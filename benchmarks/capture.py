@@ -66,7 +66,7 @@ def run_of(backend: str, model: str, dtype: str, corpus: Path, root: Path) -> Ru
                 "corpus": {"path": str(corpus)},
                 "samples_per_part": 1_000_000,
                 "teachers": {"teacher": {"model": model, "dtype": dtype, "engine": {"kv_cache_memory_bytes": 2 << 30}}},
-                "extract": {"backend": backend},
+                "extract": {"backend": backend, "batch_tokens": 1024},  # A part has many batches, as a real one.
                 "student": {"model": model},
             }
         )

@@ -61,9 +61,7 @@ class DType:
 
     def to_float32(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """The on-disk array as float32 numbers (exact for all three dtypes)."""
-        if self.name == "bfloat16":
-            return np.asarray((array.astype(np.uint32) << 16).view(np.float32))
-        return array.astype(np.float32)
+        return np.asarray(self.to_torch(array).float().numpy())
 
 
 DTYPES: Final[dict[str, DType]] = {

@@ -353,10 +353,13 @@ def _host() -> str:
 
 def _layer_sums(array: np.ndarray[Any, Any], mask: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """`[3, l]`: sum and sum of squares over tokens with a target, and a value that is finite iff all numbers are."""
-    every = array.sum(axis=(0, 2, 3), dtype=np.float64)
-    chosen = array if mask.all() else array[mask]
-    total = every if chosen is array else chosen.sum(axis=(0, 2, 3), dtype=np.float64)
-    return np.stack([total, np.einsum("tlhd,tlhd->l", chosen, chosen, dtype=np.float64), every])
+    flat = array.reshape(*array.shape[:2], -1)
+    # The few hundred numbers of one token in float32, tokens in float64: as exact as needed, at a third of the time.
+    rows = np.stack([flat.sum(-1), np.einsum("tlw,tlw->tl", flat, flat)])
+    if not np.isfinite(rows).all():
+        wide = flat.astype(np.float64)
+        rows = np.stack([wide.sum(-1), np.square(wide).sum(-1)])
+    return np.concatenate([rows[:, mask].sum(1, dtype=np.float64), rows[:1].sum(1, dtype=np.float64)])
 
 
 def _padded(array: np.ndarray[Any, Any], rows: int) -> np.ndarray[Any, Any]:

@@ -82,7 +82,8 @@ class Assembly:
             elif isinstance(note, Lost):
                 raise CaptureError(f"prompt {note.request}: {note.reason}")
             elif isinstance(note, Flushed):
-                self._flushed()
+                if note.call == self._call:  # That of a call which is done may come late.
+                    self._flushed()
             elif note is None:
                 raise RetryLaterError(f"worker {rank} of the vLLM engine died; finished parts are kept, run it again")
             else:

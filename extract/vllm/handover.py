@@ -129,11 +129,14 @@ class Outbox:
         nbytes = -(-nbytes // _ALIGN) * _ALIGN
         assert nbytes <= self._size, "a piece is larger than the ring"
         while (offset := self._room(nbytes)) is None:
-            self._connection.recv_bytes()  # One byte for each piece that was emptied, in order.
-            self._taken.popleft()
+            self._await_one()
         self._taken.append(offset)
         self._head = offset + nbytes
         return offset
+
+    def _await_one(self) -> None:
+        self._connection.recv_bytes()  # One byte for each piece that was emptied, in order.
+        self._taken.popleft()
 
     def _room(self, nbytes: int) -> int | None:
         if not self._taken:
@@ -150,9 +153,12 @@ class Outbox:
         self._jobs.put((note, wait))
 
     def close(self) -> None:
-        """Sends what is queued and closes the socket."""
+        """Sends what is queued, waits until it was read, and closes the socket."""
         self._jobs.put(None)
         self._thread.join()
+        with suppress(EOFError, OSError):
+            while self._taken:
+                self._await_one()
         self._connection.close()
 
     def _send(self) -> None:

@@ -237,12 +237,14 @@ class VLLMTeacher:
         self._llm.collective_rpc("kava_flush", args=(call,))
 
     def _stop(self) -> None:
-        if self._llm is None:
-            return
-        self._llm.llm_engine.engine_core.shutdown()
-        self._llm = None
         from vllm.distributed import cleanup_dist_env_and_memory
+        from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+        # An engine in this process leaves both behind, and one that did not start its connector too.
+        ensure_kv_transfer_shutdown()
         cleanup_dist_env_and_memory()
 
     # Here.
