@@ -16,6 +16,8 @@ from .tokens import Tokens
 if TYPE_CHECKING:
     import torch
 
+    from .generate import GenerateSettings
+
 
 class HFTeacher:
     """A loaded model that captures its own pre-RoPE keys and values."""
@@ -55,6 +57,41 @@ class HFTeacher:
             yield from before()
             before = launched
         yield from before()
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        settings: GenerateSettings,
+        *,
+        stop_ids: Sequence[int],
+        numbers: Sequence[int],
+    ) -> list[list[int]]:
+        """Continues each prompt, by batches of like length; sampling is seeded by a batch's first prompt."""
+        import torch
+
+        written: list[list[int]] = [[] for _ in prompts]
+        sampling = {"temperature": settings.temperature, "top_p": settings.top_p} if settings.temperature else {}
+        device = next(self.model.parameters()).device
+        for batch in plan_batches([len(p) + settings.max_new_tokens for p in prompts], self.batch_tokens):
+            longest = max(len(prompts[index]) for index in batch)
+            ids, mask = (torch.zeros((len(batch), longest), dtype=torch.int64) for _ in range(2))
+            for row, index in enumerate(batch):
+                ids[row, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
+                mask[row, longest - len(prompts[index]) :] = 1
+            torch.manual_seed(settings.seed + numbers[batch[0]])
+            found = self.model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=settings.max_new_tokens,
+                do_sample=bool(sampling),
+                eos_token_id=list(stop_ids),
+                pad_token_id=stop_ids[0],
+                **sampling,
+            )
+            for index, tokens in zip(batch, found[:, longest:].tolist(), strict=True):
+                stop = next((at for at, token in enumerate(tokens) if token in stop_ids), len(tokens))
+                written[index] = tokens[:stop]
+        return written
 
     def __enter__(self) -> Self:
         return self

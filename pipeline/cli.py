@@ -43,7 +43,7 @@ Scheduler = Annotated[
     typer.Option(help="Address of a dask scheduler (tcp://host:8786); threads of this machine if not given."),
 ]
 OnlyTeacher = Annotated[str | None, typer.Option("--teacher", help="Only this teacher of the recipe.")]
-STAGES = ("student", "extract", "reference", "resample", "project", "train")
+STAGES = ("generate", "student", "extract", "reference", "resample", "project", "train")
 
 
 @app.command()
@@ -77,7 +77,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     scheduler: Scheduler = None,
 ) -> None:
-    """Run every stage that is missing or out of date: student, extract, reference, resample, project, train."""
+    """Run what is missing or out of date: generate, student, extract, reference, resample, project, train."""
     loaded = _load(recipe, overrides)
     chosen = _choose(first, until, only)
     for name in force or []:
@@ -103,15 +103,14 @@ def extract(
         bool, typer.Option("--retry-failed", help="Capture parts with failed samples again.")
     ] = False,
     check_parity: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--check-parity",
             metavar="N",
             min=1,
             help="Store nothing; compare N samples with Hugging Face in float32, layer by layer.",
-            show_default=False,
         ),
-    ] = 0,
+    ] = None,
 ) -> None:
     """Capture the teachers' keys and values into stores."""
     loaded = _load(recipe, overrides)
@@ -126,7 +125,7 @@ def extract(
         return
     if retry_failed:
         _drop_failed(loaded, teacher)
-    _run(loaded, ["extract"], frozenset({"extract"} if force else ()), None, teacher)
+    _run(loaded, ["generate", "extract"], frozenset({"extract"} if force else ()), None, teacher)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from ..errors import RecipeError
 from ..extract import CaptureSettings, CorpusSettings
+from ..extract.generate import GenerateSettings
 from ..extract.vllm.settings import EngineSettings
 from ..store import CODECS, KVGeometry
 from ..store.files import write_atomic
@@ -57,6 +58,8 @@ class ExtractSettings(CaptureSettings):
     dtype: DTypeName = "bfloat16"
     """Storage dtype of the teacher stores."""
     codec: str = "blosc-zstd"
+    generate: GenerateSettings | None = None
+    """Let a teacher write the rationales first."""
 
     @field_validator("codec")
     @classmethod

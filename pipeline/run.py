@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import AlignmentError, StageError
-from ..extract import Corpus, Encoder, load_corpus
+from ..extract import Corpus, CorpusSettings, Encoder, load_corpus
+from ..extract.corpus import HeldoutSettings
+from ..extract.generate import GenerateSettings
 from ..hub import (
     ModelSource,
     chat_template_digest,
@@ -25,7 +27,7 @@ from ..hub import (
     tokenizer_digest,
     weights_digest,
 )
-from ..store import KVGeometry, KVStore, Manifest, Split, digest_json
+from ..store import KVGeometry, KVStore, Manifest, ModelIdentity, Split, digest_json
 from ..store.dtypes import dtype_of
 from ..store.manifest import default_page_tokens
 from .heads import HEAD_MAPS
@@ -67,6 +69,11 @@ class Run:
         """The student before training, and its tokenizer."""
         return self.root / "student"
 
+    @property
+    def generated_dir(self) -> Path:
+        """The corpus that a teacher wrote."""
+        return self.root / "generated"
+
     def teacher_path(self, teacher: str) -> Path:
         """The capture of a teacher."""
         return self.root / "teachers" / f"{teacher}.zarr"
@@ -95,9 +102,61 @@ class Run:
     # What they are made from.
 
     @cached_property
-    def corpus(self) -> Corpus:
-        """The corpus, read once."""
+    def prompts(self) -> Corpus:
+        """The corpus that the recipe names, read once."""
         return load_corpus(self.recipe.corpus)
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The corpus that models read: the recipe's, or what a teacher wrote for its prompts.
+
+        Raises:
+            StageError: if that is not written yet, or for other prompts or settings.
+        """
+        if self.recipe.extract.generate is None:
+            return self.prompts
+        record = read_record(self.generated_dir)
+        if record.get("key") != self.generate_key or "kept" not in record:
+            raise StageError(f"{self.generated_dir} is not written yet, or is stale; kava run --only generate")
+        return load_corpus(self.corpus_settings)
+
+    @property
+    def corpus_settings(self) -> CorpusSettings:
+        """Where `corpus` is read from."""
+        if self.recipe.extract.generate is None:
+            return self.recipe.corpus
+        heldout = None
+        if self.prompts.split(Split.HELDOUT):
+            heldout = HeldoutSettings(ratio=None, group="split", values=("heldout",))
+        path = str((self.generated_dir / "corpus.jsonl").resolve())
+        return CorpusSettings(path=path, separator=self.recipe.corpus.separator, heldout=heldout)
+
+    @property
+    def generate_settings(self) -> GenerateSettings:
+        """How the teacher writes."""
+        assert self.recipe.extract.generate is not None
+        return self.recipe.extract.generate
+
+    @property
+    def generating_teacher(self) -> str:
+        """The teacher that writes the corpus."""
+        name = self.generate_settings.teacher or next(iter(self.recipe.teachers))
+        self.teacher(name)
+        return name
+
+    @cached_property
+    def generate_key(self) -> str:
+        """What determines the corpus that a teacher writes."""
+        name = self.generating_teacher
+        return digest_json(
+            {
+                "settings": self.generate_settings.model_dump(mode="json", exclude={"chunk", "teacher"}),
+                "prompts": self.prompts.digest,
+                "teacher": self.teacher_identity(name).model_dump(mode="json"),
+                "chat_template": self.teacher(name).chat_template,
+                "quantization": self.teacher(name).engine.quantization,
+            }
+        )
 
     @cached_property
     def calibration(self) -> Corpus:
@@ -138,6 +197,10 @@ class Run:
     def teacher_encoder(self, name: str) -> Encoder:
         """A teacher's tokenizer, with its chat template if the recipe asks for it."""
         return Encoder(load_tokenizer(self.teacher_source(name)), chat_template=self.teacher(name).chat_template)
+
+    def teacher_identity(self, name: str) -> ModelIdentity:
+        """What determines a teacher's numbers."""
+        return model_identity(self.teacher_source(name), compute_dtype=self.teacher(name).dtype)
 
     def teacher_geometry(self, name: str) -> KVGeometry:
         """A teacher's KV geometry: counted, and checked against what the recipe states.
@@ -222,7 +285,7 @@ class Run:
             geometry=self.teacher_geometry(name),
             dtype=self.recipe.extract.dtype,
             codec=self.recipe.extract.codec,
-            model=model_identity(source, compute_dtype=settings.dtype),
+            model=self.teacher_identity(name),
             tokenizer_digest=tokenizer_digest(tokenizer),
             chat_template_digest=chat_template_digest(tokenizer) if settings.chat_template else None,
         )

@@ -1,7 +1,7 @@
 """All stages of a run, in order, and making them.
 
-    student ─┬─> reference ─┐
-    extract ─┴──────────────┴─> [resample] ─> project ─> train
+    [generate] ─┬─> student ─┬─> reference ─┐
+                └─> extract ─┴──────────────┴─> [resample] ─> project ─> train
 
 A stage is done when its output says of itself what the recipe asks for. One whose recipe or inputs changed is stale;
 cheap stages are then made again, costly ones (a capture, a training) only with `--force`.
@@ -19,6 +19,7 @@ from ..hub import load_tokenizer
 from ..progress import progress
 from ..store import Split
 from ..store.files import write_atomic
+from .generate_stage import GenerateStage
 from .run import RECORD, Run, read_record
 from .stage import Stage, Status
 from .store_stages import ExtractStage, ProjectStage, ReferenceStage, ResampleStage
@@ -102,6 +103,8 @@ def stages_of(run: Run) -> list[Stage]:
     """All stages of a run, in order."""
     teachers = list(run.recipe.teachers)
     stages: list[Stage] = [StudentStage(run)]
+    if run.recipe.extract.generate is not None:
+        stages.insert(0, GenerateStage(run))
     stages += [ExtractStage(run, teacher) for teacher in teachers]
     if run.needs_reference:
         stages.append(ReferenceStage(run))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import KavaError, StageError, StoreError, StoreNotFoundError
 from ..extract import Encoder, Teacher, capture_store
+from ..extract.generate import Writer
 from ..progress import progress
 from ..store import KVStore, Manifest
 from .parallel import run_parts
@@ -16,6 +17,10 @@ from .project import fit_projector
 from .run import Run
 from .stage import Stage, Status
 from .transform import Transform, calibration_pairs, student_encoder
+
+if TYPE_CHECKING:
+    from ..extract.hf import HFTeacher
+    from ..extract.vllm.teacher import VLLMTeacher
 
 
 class StoreStage(Stage):
@@ -218,6 +223,19 @@ def open_teacher(run: Run, name: str) -> Teacher:
     Raises:
         KavaError: if it cannot be loaded or started.
     """
+    return _open(run, name, decoding=False)
+
+
+def open_writer(run: Run, name: str) -> Writer:
+    """The same, for writing text.
+
+    Raises:
+        KavaError: if it cannot be loaded or started.
+    """
+    return _open(run, name, decoding=True)
+
+
+def _open(run: Run, name: str, *, decoding: bool) -> HFTeacher | VLLMTeacher:
     recipe, settings, source = run.recipe, run.teacher(name), run.teacher_source(name)
     if recipe.extract.backend == "vllm":
         from ..extract.vllm.teacher import VLLMTeacher
@@ -228,6 +246,7 @@ def open_teacher(run: Run, name: str) -> Teacher:
             output_dtype=recipe.extract.dtype,
             settings=settings.engine,
             batch_tokens=recipe.extract.batch_tokens,
+            decoding=decoding,
         )
     from ..extract.hf import HFTeacher
 
@@ -253,7 +272,7 @@ def _transform(run: Run, parent: KVStore, out: Path, resampler: str | None, proj
     return Transform(
         parent=str(parent.path.resolve()),
         out=str(out.resolve()),
-        corpus=run.recipe.corpus,
+        corpus=run.corpus_settings,
         student=str(run.student_dir.resolve()),
         chat_template=run.recipe.student.chat_template,
         resampler=resampler,

@@ -21,6 +21,9 @@ from fixtures.tokenizers import byte_level_tokenizer, smollm2_gguf
 
 pytest.importorskip("vllm")
 
+from kava.extract.hf import HFTeacher
+from kava.pipeline.recipe import load_recipe
+from kava.pipeline.run import Run
 from kava.store import KVStore
 
 pytestmark = pytest.mark.vllm
@@ -38,7 +41,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path
 def _recipe(root: Path, models: dict[str, Path], samples: int = 24, **engine: Any) -> Path:
     root.mkdir(exist_ok=True)
     teacher = {"model": str(models["teacher"]), "dtype": "float32", "engine": {**ENGINE, **engine}}
-    path = write_recipe(root, models, teachers={"big": teacher}, extract={"backend": "vllm"})
+    path: Path = write_recipe(root, models, teachers={"big": teacher}, extract={"backend": "vllm"})
     (root / "corpus.jsonl").write_text("\n".join(json.dumps(row) for row in rows(samples)))
     return path
 
@@ -84,9 +87,6 @@ def test_quantised_weights_are_another_content(tmp_path: Path, models: dict[str,
     recipe = _recipe(tmp_path, models)
     printed = kava("extract", recipe, "-s", "extract.backend=hf", "-s", "teachers.big.engine.quantization=fp8", code=2)
     assert "teachers.big.engine.quantization needs extract.backend: vllm" in printed
-    from kava.pipeline.recipe import load_recipe
-    from kava.pipeline.run import Run
-
     plain = Run(load_recipe(recipe)).teacher_manifest("big")
     quantised = Run(load_recipe(recipe, ["teachers.big.engine.quantization=fp8"])).teacher_manifest("big")
     assert list(plain.differences(quantised)) == ["parameters", "parameters.quantization"] or (
@@ -95,11 +95,11 @@ def test_quantised_weights_are_another_content(tmp_path: Path, models: dict[str,
 
 
 def _family(process: Any) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
+    return list(psutil.Process(process.pid).children(recursive=True))
 
 
 def _named(process: Any, name: str) -> int:
-    return next(p.pid for p in _family(process) if any(name in word for word in p.cmdline()))
+    return int(next(p.pid for p in _family(process) if any(name in word for word in p.cmdline())))
 
 
 @pytest.mark.parametrize(
@@ -115,12 +115,12 @@ def _named(process: Any, name: str) -> int:
 def test_killed_anywhere_a_rerun_completes(
     tmp_path: Path, models: dict[str, Path], victim: str, engine: dict[str, Any]
 ) -> None:
-    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1"} if len(engine) > 1 else dict(os.environ)
+    environment = dict(os.environ)
     if "tensor_parallel_size" in engine:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
     recipe = _recipe(tmp_path / "killed", models, samples=300, **engine)
     command = [*KAVA, "extract", str(recipe), "-s", "samples_per_part=3"]
-    shared_before = set(os.listdir("/dev/shm"))
+    shared_before = set(Path("/dev/shm").iterdir())
     parts = tmp_path / "killed/run/teachers/big.zarr/parts"
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -136,22 +136,29 @@ def test_killed_anywhere_a_rerun_completes(
         os.kill(target, signal.SIGKILL)
         code = process.wait(60)
     assert code == (-signal.SIGKILL if victim == "parent" else 75), (tmp_path / "log").read_text()
-    assert "Traceback" not in (tmp_path / "log").read_text()
+    if victim != "parent":  # The engine logs its own death at length; we say what to do.
+        assert (
+            "kava: worker" in (tmp_path / "log").read_text()
+            or "kava: the vLLM engine" in (tmp_path / "log").read_text()
+        )
     written = len(list(parts.glob("0*")))
     assert 3 <= written < 100
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive, [p.cmdline() for p in alive]
-    assert set(os.listdir("/dev/shm")) <= shared_before
+    assert set(Path("/dev/shm").iterdir()) <= shared_before
     subprocess.run(command, check=True, env=environment, capture_output=True)
     store = KVStore.open(parts.parent)
     assert store.verify() == []
     assert store.missing_parts() == []
-    whole = _recipe(tmp_path / "whole", models, samples=300, **engine)
-    subprocess.run(
-        [*KAVA, "extract", str(whole), "-s", "samples_per_part=3"], check=True, env=environment, capture_output=True
-    )
-    reference = KVStore.open(tmp_path / "whole/run/teachers/big.zarr")
     if engine.get("deterministic", True):
-        assert tree(store.path) == tree(reference.path)
-    for index in range(0, 300, 13):
-        torch.testing.assert_close(store[index].keys, reference[index].keys, rtol=1e-3, atol=1e-4)
+        whole = _recipe(tmp_path / "whole", models, samples=300, **engine)
+        again = [*KAVA, "extract", str(whole), "-s", "samples_per_part=3"]
+        subprocess.run(again, check=True, env=environment, capture_output=True)
+        assert tree(store.path) == tree(tmp_path / "whole/run/teachers/big.zarr")
+    run = Run(load_recipe(recipe))
+    chosen = list(range(0, 300, 13))
+    tokens = [run.teacher_encoder("big").encode(run.corpus.records[index]) for index in chosen]
+    for captured in HFTeacher.load(run.teacher_source("big"), dtype="float32").capture(tokens):
+        stored = store[chosen[captured.index]]
+        torch.testing.assert_close(stored.keys, captured.keys, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(stored.values, captured.values, rtol=1e-3, atol=1e-4)

@@ -48,6 +48,7 @@ class Assembly:
         self._ready: deque[Captured] = deque()
         self._waiting_bytes = 0
         self._changed = threading.Condition()
+        self._finished = False
         self._error: BaseException | None = None
 
     def __iter__(self) -> Iterator[Captured]:
@@ -66,6 +67,23 @@ class Assembly:
                 self._waiting_bytes -= _nbytes(captured)
                 self._changed.notify_all()
             yield captured
+
+    def wait(self) -> None:
+        """Returns when the engine is done with this call.
+
+        Raises:
+            KavaError: whatever the engine, or a worker, ended with.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._finished or self._error is not None)
+            if self._error is not None:
+                raise self._error
+
+    def finish(self) -> None:
+        """The engine is done."""
+        with self._changed:
+            self._finished = True
+            self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
         """Makes whoever waits raise `error`."""

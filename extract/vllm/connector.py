@@ -23,6 +23,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from .compat import resumed_requests
 from .copier import Copier, RequestRows
+from .handover import leave_with
 
 PARAMETER = "kava"
 """Under `kv_transfer_params`: `[call, request]` of a prompt to capture, and the reply about it."""
@@ -61,6 +62,8 @@ class KavaConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self.caches: dict[str, torch.Tensor] = {}
         self.copier: Copier | None = None
         self._prompts: dict[str, _Prompt] = {}
+        if role == KVConnectorRole.SCHEDULER:
+            leave_with(vllm_config.kv_transfer_config.kv_connector_extra_config["parent"])
 
     @property
     def requires_kv_delivery(self) -> bool:

@@ -11,8 +11,11 @@ import mmap
 import os
 import queue
 import secrets
+import select
+import signal
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,6 +25,21 @@ from multiprocessing.connection import Client, Connection, answer_challenge, del
 from typing import Any, Final
 
 _ALIGN: Final = 64
+
+
+def leave_with(parent: int) -> None:
+    """Makes this process, if it is another, end when the process `parent` does: an engine core would outlive it."""
+    if parent == os.getpid():
+        return
+    handle = os.pidfd_open(parent)
+
+    def watch() -> None:
+        select.select([handle], [], [])
+        os.kill(os.getpid(), signal.SIGTERM)  # The engine stops its workers and frees its own shared memory.
+        time.sleep(10)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="kava-parent", daemon=True).start()
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ import dataclasses
 import difflib
 import logging
 import os
+import queue
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
@@ -25,12 +27,43 @@ from .handover import Inbox
 from .settings import EngineSettings
 
 if TYPE_CHECKING:
+    from ..generate import GenerateSettings
     from .assembly import Assembly
 
 T = TypeVar("T")
 _CONNECTOR: Final = f"{__package__}.connector"
 _WORKER: Final = f"{__package__}.worker.CaptureWorker"
+_STOP_SECONDS: Final = 60
+_STOP_SECONDS_DEAD: Final = 10
+"""An engine whose core was killed may never answer: it is left after this time, and ends with our process."""
 _log = logging.getLogger(__name__)
+
+
+class _EngineThread:
+    """Runs what it is given, one after the other, on one thread that does not keep the process alive."""
+
+    def __init__(self) -> None:
+        self._work: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="kava-engine", daemon=True).start()
+
+    def submit(self, work: Callable[..., T], *args: Any) -> Future[T]:
+        """The result of `work(*args)`, to come."""
+        future: Future[T] = Future()
+        self._work.put((future, lambda: work(*args)))
+        return future
+
+    def end(self) -> None:
+        """Ends the thread after what it was given."""
+        self._work.put(None)
+
+    def _run(self) -> None:
+        while (given := self._work.get()) is not None:
+            future, work = given
+            try:
+                future.set_result(work())
+            except BaseException as error:  # Raised again where the result is asked for.
+                future.set_exception(error)
+            del given, future, work
 
 
 class VLLMTeacher:
@@ -48,6 +81,7 @@ class VLLMTeacher:
         output_dtype: str,
         settings: EngineSettings,
         batch_tokens: int = 4096,
+        decoding: bool = False,
     ) -> None:
         """Starts the engine.
 
@@ -57,6 +91,7 @@ class VLLMTeacher:
             output_dtype: of the keys and values that `capture` returns.
             settings: options of the engine.
             batch_tokens: tokens in one step, if the settings do not say.
+            decoding: for `generate`: with CUDA graphs, which capture has no use for.
 
         Raises:
             BackendNotInstalledError: if vLLM is not there, or not in a supported version.
@@ -67,12 +102,12 @@ class VLLMTeacher:
         _quiet()
         self.geometry: KVGeometry = model_geometry(source)
         self._config = load_config(source)
-        self._output_dtype, self._settings = output_dtype, settings
+        self._output_dtype, self._settings, self._decoding = output_dtype, settings, decoding
         self.max_tokens = _max_tokens(self._config, settings)
         self._assembly: Assembly | None = None
         self._calls = 0
-        self._closing = False
-        self._engine = ThreadPoolExecutor(1, thread_name_prefix="kava-engine")
+        self._closing, self._lost = False, False
+        self._engine = _EngineThread()
         self._inbox = Inbox(self._note)
         self._llm: Any = None
         try:
@@ -114,7 +149,7 @@ class VLLMTeacher:
         finished = False
         try:
             yield from assembly
-            future.result()
+            assembly.wait()
             finished = True
         finally:
             if not finished:
@@ -123,6 +158,17 @@ class VLLMTeacher:
     def prefill(self, samples: Sequence[Tokens]) -> None:
         """The same computation, of which nothing is captured: what a capture is compared with."""
         self._on_engine(self._compute, None, samples)
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        settings: GenerateSettings,
+        *,
+        stop_ids: Sequence[int],
+        numbers: Sequence[int],
+    ) -> list[list[int]]:
+        """Continues each prompt; each is sampled with a seed of its own."""
+        return self._on_engine(self._write, prompts, settings, stop_ids, numbers)
 
     def close(self) -> None:
         """Stops the engine and all its processes."""
@@ -133,8 +179,8 @@ class VLLMTeacher:
             self._assembly.fail(CaptureError("the engine was stopped"))
         self._inbox.close()  # First: a worker that waits for room in its ring would wait forever.
         with suppress(Exception):
-            self._on_engine(self._stop)
-        self._engine.shutdown()
+            self._engine.submit(self._stop).result(_STOP_SECONDS_DEAD if self._lost else _STOP_SECONDS)
+        self._engine.end()
 
     def __enter__(self) -> Self:
         return self
@@ -160,7 +206,10 @@ class VLLMTeacher:
             return LLM(
                 **arguments,
                 kv_transfer_config=KVTransferConfig(
-                    kv_connector="KavaConnector", kv_connector_module_path=_CONNECTOR, kv_role="kv_producer"
+                    kv_connector="KavaConnector",
+                    kv_connector_module_path=_CONNECTOR,
+                    kv_role="kv_producer",
+                    kv_connector_extra_config={"parent": os.getpid()},
                 ),
             )
         except KavaError:
@@ -201,7 +250,7 @@ class VLLMTeacher:
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
         }
-        if not settings.enforce_eager:
+        if not settings.enforce_eager and not self._decoding:
             arguments["compilation_config"] = {"cudagraph_mode": "NONE"}
         for name in ("gpu_memory_utilization", "kv_cache_memory_bytes", "block_size", "quantization"):
             if (value := getattr(settings, name)) is not None:
@@ -236,6 +285,26 @@ class VLLMTeacher:
                 raise CaptureError(f"prompt {index}: of {len(ids)} rows the engine planned {reply.get('rows')}")
         self._llm.collective_rpc("kava_flush", args=(call,))
 
+    def _write(
+        self, prompts: Sequence[list[int]], settings: GenerateSettings, stop_ids: Sequence[int], numbers: Sequence[int]
+    ) -> list[list[int]]:
+        from vllm import SamplingParams
+
+        parameters = [
+            SamplingParams(
+                max_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                seed=settings.seed + number,
+                stop_token_ids=list(stop_ids),
+                detokenize=False,
+            )
+            for number in numbers
+        ]
+        asked = [{"prompt_token_ids": ids} for ids in prompts]
+        found = [o.outputs[0].token_ids for o in self._llm.generate(asked, parameters, use_tqdm=False)]
+        return [list(ids[:-1] if ids and ids[-1] in stop_ids else ids) for ids in found]
+
     def _stop(self) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory
         from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
@@ -264,6 +333,7 @@ class VLLMTeacher:
     def _note(self, rank: int, note: Any, data: memoryview | None) -> None:
         if self._closing:
             return
+        self._lost = self._lost or note is None
         if self._assembly is not None:
             self._assembly.take(rank, note, data)
 
@@ -271,6 +341,7 @@ class VLLMTeacher:
 def _pass_on(done: Future[None], assembly: Assembly) -> None:
     error = done.exception()
     if error is None:
+        assembly.finish()
         return
     if not isinstance(error, KavaError) and type(error).__name__ == "EngineDeadError":
         error = RetryLaterError("the vLLM engine died; finished parts are kept, run the same command again")

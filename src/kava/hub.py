@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -137,6 +137,19 @@ def load_tokenizer(source: ModelSource) -> Any:
     if not tokenizer.is_fast:
         raise ModelNotFoundError(f"model {source.name!r} has no fast tokenizer; kava needs one for byte spans")
     return tokenizer
+
+
+def stop_token_ids(source: ModelSource) -> list[int]:
+    """The ids that end a generation: those of the model's generation config, and the tokenizer's end of sequence."""
+    from transformers import GenerationConfig
+
+    stops = [load_tokenizer(source).eos_token_id, getattr(load_config(source), "eos_token_id", None)]
+    folder = str(_gguf_sidecar(source)) if source.gguf_file else source.location
+    options = {} if source.gguf_file else source.options
+    with suppress(OSError, ValueError):  # Many models have none.
+        stops.append(GenerationConfig.from_pretrained(folder, **options).eos_token_id)
+    flat = [i for stop in stops for i in (stop if isinstance(stop, list) else [stop])]
+    return sorted({int(i) for i in flat if i is not None})
 
 
 def load_model(source: ModelSource, *, dtype: str, device: str = "auto") -> Any:

@@ -51,7 +51,8 @@ def _samples(lengths: list[int], *, shared: int = 40) -> list[Tokens]:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Folders of tiny random models, made when asked for."""
-    root, made = tmp_path_factory.mktemp("vllm"), {}
+    root = tmp_path_factory.mktemp("vllm")
+    made: dict[str, Path] = {}
 
     def get(model_type: str, **shape: Any) -> Path:
         name = "-".join([model_type, *(f"{k}{v}" for k, v in shape.items())])
@@ -212,7 +213,7 @@ def test_unknown_engine_arguments_and_settings_that_do_not_work(models: Any) -> 
 def test_positions_that_vllm_cannot_compute_are_refused(models: Any) -> None:
     tokens = _tokens(np.arange(5) + 7)
     shifted = Tokens(tokens.input_ids, tokens.positions + 1, tokens.spans, tokens.segments)
-    with _teacher(models("llama")) as teacher, pytest.raises(UnsupportedModelError, match="positions 0, 1, ... only"):
+    with _teacher(models("llama")) as teacher, pytest.raises(UnsupportedModelError, match=r"positions 0, 1, ... only"):
         list(teacher.capture([shifted]))
 
 

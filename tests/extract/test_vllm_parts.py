@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from importlib import metadata
 from multiprocessing import AuthenticationError
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_a_layout_of_one_layer_reads_another_in_the_same_storage() -> None:
     layers = [storage[:, i] for i in range(3)]
 
     def writer(cache: torch.Tensor) -> Callable[..., None]:
-        keys, values = cache.transpose(1, 2).split(DIM, -1)
+        keys, values = cache.transpose(1, 2).tensor_split(2, -1)
 
         def write(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
             keys[slots // BLOCK, slots % BLOCK], values[slots // BLOCK, slots % BLOCK] = k, v
@@ -213,8 +214,8 @@ def _piece(rows: Rows, layers: tuple[int, int] = (0, 4), heads: tuple[int, int] 
 
 
 @pytest.fixture
-def assembly() -> Iterator[Assembly]:
-    yield Assembly(1, [6, 3], GEOMETRY, torch.float32, workers=1)
+def assembly() -> Assembly:
+    return Assembly(1, [6, 3], GEOMETRY, torch.float32, workers=1)
 
 
 def _raised(assembly: Assembly, message: str, kind: type[Exception] = CaptureError) -> None:
@@ -279,7 +280,7 @@ def test_ranks_fill_one_sample_together() -> None:
 def test_engine_arguments_that_kava_owns_are_refused() -> None:
     with pytest.raises(ValidationError, match="'kv_cache_dtype' cannot be given here: a quantised cache"):
         EngineSettings(engine_args={"kv_cache_dtype": "fp8"})
-    with pytest.raises(ValidationError, match="'block_size' stands one level up, in engine.block_size"):
+    with pytest.raises(ValidationError, match=r"'block_size' stands one level up, in engine.block_size"):
         EngineSettings(engine_args={"block_size": 32})
 
 
@@ -288,10 +289,10 @@ def test_a_version_outside_the_range_is_refused(monkeypatch: pytest.MonkeyPatch)
 
     def version(name: str) -> str:
         if name not in versions:
-            raise compat.metadata.PackageNotFoundError(name)
+            raise metadata.PackageNotFoundError(name)
         return versions[name]
 
-    monkeypatch.setattr(compat.metadata, "version", version)
+    monkeypatch.setattr(metadata, "version", version)
     with pytest.raises(BackendNotInstalledError, match=r"works with vLLM 0.27 to below 0.34, installed is 0.26.1"):
         compat.installed_version()
     del versions["vllm"]
