@@ -8,6 +8,7 @@ variants (YaRN, LongRoPE) multiply cosine and sine by a factor and half-precisio
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,34 +17,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RotaryTable:
-    """Cosines and sines of every position, as a model applies them."""
+    """Cosines and sines as a model applies them: of every position, or `at` those of the keys in hand."""
 
     cos: torch.Tensor
-    """`[positions, rotary_dim / 2]` float32."""
+    """`[t, rotary_dim / 2]` float32."""
     sin: torch.Tensor
-    """`[positions, rotary_dim / 2]` float32."""
+    """`[t, rotary_dim / 2]` float32."""
     interleaved: bool = False
     """Pairs are dimensions `(2i, 2i + 1)` (GPT-J) instead of `(i, i + rotary_dim / 2)` (GPT-NeoX, Llama)."""
 
-    def rotate(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Keys `[t, h, d]` float32 turned to their positions `[t]`; dimensions past `rotary_dim` stay as they are."""
-        cos, sin = self._at(positions)
-        return self._turned(keys, cos, sin)
+    def at(self, positions: torch.Tensor) -> RotaryTable:
+        """The rows of these positions `[t]`."""
+        return RotaryTable(self.cos[positions], self.sin[positions], self.interleaved)
 
-    def unrotate(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def rotate(self, keys: torch.Tensor) -> torch.Tensor:
+        """Keys `[t, h, d]` float32, turned by their rows; dimensions past `rotary_dim` stay as they are."""
+        return self._turned(keys, self.cos, self.sin)
+
+    def unrotate(self, keys: torch.Tensor) -> torch.Tensor:
         """The keys that `rotate` turns into these: `(k cos - rotate_half(k) sin) / (cos² + sin²)`."""
-        cos, sin = self._at(positions)
-        norm = cos.square() + sin.square()
-        return self._turned(keys, cos / norm, -sin / norm)
+        return self._turned(keys, *self._inverse)
 
-    def _at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+    @cached_property
+    def _inverse(self) -> tuple[torch.Tensor, torch.Tensor]:
+        norm = self.cos.square() + self.sin.square()
+        return self.cos / norm, -self.sin / norm
 
     def _turned(self, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         import torch
 
         out = torch.empty_like(keys)
         width = 2 * cos.shape[-1]
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         (a, b), (out_a, out_b) = self._pairs(keys[..., :width]), self._pairs(out[..., :width])
         torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
         torch.mul(b, cos, out=out_b).addcmul_(a, sin)

@@ -121,7 +121,7 @@ class Assembly:
             if seen.shape[0] != count or seen.any():
                 raise CaptureError(f"prompt {rows.request}: rows {rows.first} to {rows.stop} came twice or too far")
             for target, source in ((sample.keys, tensor[0]), (sample.values, tensor[1])):
-                target[rows.first : rows.stop, l0:l1, h0:h1] = source[at : at + count]
+                target[rows.first : rows.stop, l0:l1, h0:h1] = source[:, at : at + count].transpose(0, 1)
             at += count
             seen[...] = True
             with self._changed:  # Ranks of one engine fill the same samples; the last to be ready hands it over.

@@ -65,6 +65,7 @@ class Copier:
         """
         self._layers, self._outbox, self._block_size = list(layers), outbox, block_size
         self._heads, self._head_dim, self._dtype = heads, head_dim, dtype
+        self._tables = {id(layer.rotary): layer.rotary for layer in self._layers}
         self._piece_bytes = ring_bytes // 4
         self._device = self._layers[0].cache.device
         self._ring = torch.frombuffer(outbox.memory, dtype=torch.uint8)
@@ -88,10 +89,11 @@ class Copier:
             positions = torch.cat([torch.arange(r.first, r.stop) for r in batch])
             slots = torch.cat([self._slots(r) for r in batch])
             positions, slots = positions.to(self._device), slots.to(self._device)
+            tables = {key: table.at(positions) for key, table in self._tables.items()}
             step = max(1, self._piece_bytes // (row_bytes * len(slots)))
             for start in range(0, len(self._layers), step):
                 layers = self._layers[start : start + step]
-                self._send(batch, layers, positions, slots)
+                self._send(batch, layers, tables, slots)
 
     def flush(self, call: int) -> None:
         """Says that nothing more comes for this call, after all that is under way."""
@@ -109,7 +111,11 @@ class Copier:
         return torch.tensor(rows.blocks)[inside // self._block_size] * self._block_size + inside % self._block_size
 
     def _send(
-        self, batch: Sequence[RequestRows], layers: list[CachedLayer], positions: torch.Tensor, slots: torch.Tensor
+        self,
+        batch: Sequence[RequestRows],
+        layers: list[CachedLayer],
+        tables: dict[int, RotaryTable],
+        slots: torch.Tensor,
     ) -> None:
         piece = Piece(
             batch[0].call,
@@ -124,8 +130,8 @@ class Copier:
         out = torch.empty(shape, dtype=self._dtype, device=self._device) if self._cuda else place
         for at, layer in enumerate(layers):
             keys, values = layer.layout.read(layer.cache, slots)
-            out[0, :, at] = layer.rotary.unrotate(keys.float(), positions)
-            out[1, :, at] = values
+            out[0, at] = tables[id(layer.rotary)].unrotate(keys.float())
+            out[1, at] = values
         if not self._cuda:
             self._outbox.send(Placed(piece, offset, nbytes))
             return

@@ -54,7 +54,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Piece:
-    """Keys and values `[2, rows, layers, kv_heads, head_dim]` of some layers and heads, for all requests of a step."""
+    """Keys and values `[2, layers, rows, kv_heads, head_dim]` of some layers and heads, for all requests of a step.
+
+    Layers come first, so that the worker writes each in one run; our process has the time to turn them round.
+    """
 
     call: int
     """Which call of `VLLMTeacher.capture` this belongs to."""
@@ -71,7 +74,7 @@ class Piece:
     def shape(self, head_dim: int) -> tuple[int, ...]:
         """Of the tensor."""
         layers, heads = (stop - first for first, stop in (self.layers, self.heads))
-        return (2, self.num_rows, layers, heads, head_dim)
+        return (2, layers, self.num_rows, heads, head_dim)
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,8 @@ class Outbox:
         """
         nbytes = -(-nbytes // _ALIGN) * _ALIGN
         assert nbytes <= self._size, "a piece is larger than the ring"
+        while self._taken and self._connection.poll():  # Memory that was used a moment ago is the fastest.
+            self._await_one()
         while (offset := self._room(nbytes)) is None:
             self._await_one()
         self._taken.append(offset)

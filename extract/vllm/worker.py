@@ -148,7 +148,7 @@ def read_rotary(rotary: Any, positions: int, dtype: torch.dtype, device: torch.d
     read = turn(ones)[:, 0]
     table = RotaryTable(read[:, first].contiguous(), read[:, second].contiguous(), interleaved)
     keys = torch.randn(positions, 1, head_dim, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    error = (table.unrotate(turn(keys), at) - keys.float()).abs().max().item()
+    error = (table.unrotate(turn(keys)) - keys.float()).abs().max().item()
     if not error < 32 * torch.finfo(dtype).eps:
         raise UnsupportedModelError(
             f"{type(rotary).__name__} does not rotate pairs of dimensions as expected (off by {error:.1e})"

@@ -17,6 +17,7 @@ pytest.importorskip("vllm")
 
 from kava.errors import CaptureError, RecipeError, UnsupportedModelError
 from kava.extract import Captured, Tokens
+from kava.extract.generate import GenerateSettings
 from kava.extract.hf import HFTeacher
 from kava.extract.vllm.settings import EngineSettings
 from kava.extract.vllm.teacher import VLLMTeacher
@@ -201,6 +202,26 @@ def test_leaving_early_stops_the_engine(models: Any) -> None:
         break
     _, alive = psutil.wait_procs(engine, timeout=20)
     assert not alive
+
+
+def test_it_writes_what_hugging_face_writes(models: Any) -> None:
+    path = models("llama", scale=3.0)
+    prompts = [[5, 6, 7], [9], list(range(20, 60))]
+    how = GenerateSettings(max_new_tokens=20)
+    with HFTeacher.load(find_model(str(path)), dtype="float32") as reference:
+        expected = reference.generate(prompts, how, stop_ids=[0], numbers=[0, 1, 2])
+        stop = expected[0][5]
+        stopped = reference.generate(prompts, how, stop_ids=[stop], numbers=[0, 1, 2])
+    assert len(stopped[0]) <= 5
+    settings = EngineSettings.model_validate(SMALL)
+    with VLLMTeacher(
+        find_model(str(path)), dtype="float32", output_dtype="float32", settings=settings, decoding=True
+    ) as teacher:
+        assert teacher.generate(prompts, how, stop_ids=[0], numbers=[0, 1, 2]) == expected
+        assert teacher.generate(prompts, how, stop_ids=[stop], numbers=[0, 1, 2]) == stopped
+        sampled = GenerateSettings(max_new_tokens=20, temperature=1.0, seed=1)
+        first, second = (teacher.generate(prompts, sampled, stop_ids=[0], numbers=[0, 1, 2]) for _ in range(2))
+        assert first == second != expected
 
 
 def test_unknown_engine_arguments_and_settings_that_do_not_work(models: Any) -> None:

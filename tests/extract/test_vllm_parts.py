@@ -135,7 +135,7 @@ def test_rows_go_from_the_cache_through_the_ring_into_samples(
         slots = torch.tensor(blocks[request])[torch.arange(length) // BLOCK] * BLOCK + torch.arange(length) % BLOCK
         for number, (made, layer) in enumerate(layers):
             keys, values = expected[:, request, :length, number]
-            made.write(layer.rotary.rotate(keys, torch.arange(length)), values, slots)
+            made.write(layer.rotary.at(torch.arange(length)).rotate(keys), values, slots)
     assembly = Assembly(7, lengths, GEOMETRY, torch.float32, workers=1, ready_bytes=1 << 12)
     line = _Line(ring_bytes, assembly.take)
     copier = Copier(
@@ -266,7 +266,7 @@ def test_ranks_fill_one_sample_together() -> None:
 
     def part(layers: tuple[int, int], heads: tuple[int, int]) -> None:
         piece = Piece(1, layers, heads, (Rows(0, 0, 2),))
-        cut = whole[:, :, slice(*layers), slice(*heads)].contiguous()
+        cut = whole[:, :, slice(*layers), slice(*heads)].transpose(1, 2).contiguous()
         assembly.take(0, piece, memoryview(bytearray(cut.numpy().tobytes())))
 
     for layers in ((2, 4), (0, 2)):
