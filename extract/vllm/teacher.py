@@ -323,8 +323,8 @@ class VLLMTeacher:
 
     def _attach(self) -> None:
         settings, address = self._settings, self._inbox.address
-        heads = self.geometry.num_key_value_heads
-        arguments = ((address.name, address.key), self._output_dtype, settings.handover_bytes, heads)
+        ring_bytes = settings.handover_bytes
+        arguments = ((address.name, address.key), self._output_dtype, ring_bytes, self.geometry.shape)
         problems = self._on_engine(lambda: self._llm.collective_rpc("kava_attach", args=arguments))
         if found := next((problem for problem in problems if problem), None):
             raise UnsupportedModelError(f"{self._config.model_type} under vLLM: {found}")

@@ -32,14 +32,16 @@ class CaptureWorker:
         def get_model(self) -> torch.nn.Module:
             """The worker's model."""
 
-    def kava_attach(self, address: tuple[str, bytes], dtype: str, ring_bytes: int, heads: int) -> str | None:
+    def kava_attach(
+        self, address: tuple[str, bytes], dtype: str, ring_bytes: int, shape: tuple[int, int, int]
+    ) -> str | None:
         """Proves layouts and rotary tables, and opens the way out.
 
         Args:
             address: where our process listens.
             dtype: of what is sent.
             ring_bytes: of shared memory for this worker.
-            heads: KV heads of the whole model.
+            shape: layers, KV heads and head_dim of the whole model, as its config promises them.
 
         Returns:
             What cannot be captured, or None.
@@ -50,8 +52,13 @@ class CaptureWorker:
             layers = _layers(connector, self.get_model())
         except UnsupportedModelError as error:
             return str(error)
+        except (RuntimeError, ValueError) as error:  # Of the backend's own cache update, for shapes it does not know.
+            return f"its cache cannot be written: {error}"
         tensor_parallel = get_tp_group()
-        mine, head_dim = layers[0].layout.offsets.shape[2:]
+        num_layers, heads, head_dim = shape
+        mine, width = layers[0].layout.offsets.shape[2:]
+        if width != head_dim or heads % mine or layers[-1].index >= num_layers:
+            return f"it has {mine} KV heads of width {width} on a rank, up to layer {layers[-1].index}, not {shape}"
         # With more ranks than KV heads, several ranks hold the same head: the first of them sends it.
         copies = max(1, tensor_parallel.world_size * mine // heads)
         first = tensor_parallel.rank_in_group // copies * mine

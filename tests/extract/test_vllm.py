@@ -231,6 +231,12 @@ def test_unknown_engine_arguments_and_settings_that_do_not_work(models: Any) -> 
         _teacher(models("llama"), block_size=33)
 
 
+def test_an_engine_of_another_shape_than_the_config_is_refused(models: Any) -> None:
+    """vLLM's Qwen2 takes head_dim from hidden_size, transformers' from the config: 32 here, 8 there."""
+    with pytest.raises(UnsupportedModelError, match=r"qwen2 under vLLM: its cache cannot be written: .*head_dim"):
+        _teacher(models("qwen2", hidden_size=48))
+
+
 def test_positions_that_vllm_cannot_compute_are_refused(models: Any) -> None:
     tokens = _tokens(np.arange(5) + 7)
     shifted = Tokens(tokens.input_ids, tokens.positions + 1, tokens.spans, tokens.segments)
