@@ -27,10 +27,12 @@ class AttentionLayout:
     keys: str = "k_proj"
     """The submodule whose output is the last thing that happens to keys before rotary embedding."""
     values: str = "v_proj"
+    queries: str = "q_proj"
+    """The same for queries."""
     fused: bool = False
-    """`keys` and `values` name one projection whose output is `[queries | keys | values]`."""
+    """`keys`, `values` and `queries` name one projection whose output is `[queries | keys | values]`."""
     heads_first: bool = False
-    """The output of `keys` is `[b, h, t, d]` instead of `[b, t, h, d]` or `[b, t, h * d]`."""
+    """The output of `keys` and `queries` is `[b, h, t, d]` instead of `[b, t, h, d]` or `[b, t, h * d]`."""
     attn_implementation: str | None = None
     """The only attention that computes this architecture exactly, where the default does not."""
 
@@ -39,11 +41,11 @@ ATTENTION_LAYOUTS: Final[dict[str, AttentionLayout]] = {
     "llama": AttentionLayout(),
     "mistral": AttentionLayout(),
     "qwen2": AttentionLayout(),
-    "qwen3": AttentionLayout(keys="k_norm"),
+    "qwen3": AttentionLayout(keys="k_norm", queries="q_norm"),
     "gemma": AttentionLayout(),
     "gemma2": AttentionLayout(attn_implementation="eager"),  # SDPA leaves out the soft-capping of attention scores.
-    "gemma3_text": AttentionLayout(keys="k_norm", heads_first=True),
-    "phi3": AttentionLayout(keys="qkv_proj", values="qkv_proj", fused=True),
+    "gemma3_text": AttentionLayout(keys="k_norm", queries="q_norm", heads_first=True),
+    "phi3": AttentionLayout(keys="qkv_proj", values="qkv_proj", queries="qkv_proj", fused=True),
 }
 """By `config.model_type`."""
 
@@ -66,21 +68,24 @@ class KVTap:
     """Collects pre-RoPE keys and values of every forward pass while it is open, with their gradient.
 
     A context manager; its hooks are always removed. After a forward pass `keys[l]` and `values[l]` are
-    `[b, t, h, d]` tensors of the model's dtype, one per layer. A further pass replaces them.
+    `[b, t, h, d]` tensors of the model's dtype, one per layer; with `queries` the attention's pre-RoPE queries
+    `[b, t, num_attention_heads, d]` too. A further pass replaces them.
     """
 
-    def __init__(self, model: nn.Module, *, layers: Sequence[int] | None = None) -> None:
+    def __init__(self, model: nn.Module, *, layers: Sequence[int] | None = None, queries: bool = False) -> None:
         self.layout = attention_layout(model.config)
         self._attentions = [layer.self_attn for layer in decoder(model).layers]
         self._wanted = range(len(self._attentions)) if layers is None else layers
         self._handles: list[RemovableHandle] = []
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
+        self.queries: dict[int, torch.Tensor] = {}
+        self._names = {self.layout.keys, self.layout.values, *([self.layout.queries] if queries else [])}
 
     def __enter__(self) -> KVTap:
         for index in self._wanted:
             attention = self._attentions[index]
-            for name in {self.layout.keys, self.layout.values}:
+            for name in self._names:
                 module = attention.get_submodule(name)
                 self._handles.append(module.register_forward_hook(self._hook(index, name, attention)))
         return self
@@ -109,10 +114,12 @@ class KVTap:
                 width = attention.num_key_value_heads * head_dim
                 self.keys[index] = _heads(output[..., -2 * width : -width], head_dim)
                 self.values[index] = _heads(output[..., -width:], head_dim)
+                self.queries[index] = _heads(output[..., : -2 * width], head_dim)
                 return
-            if name == layout.keys:
-                heads = output if output.dim() == 4 else _heads(output, head_dim)
-                self.keys[index] = heads.transpose(1, 2) if layout.heads_first else heads
+            for turned, kind in ((self.keys, layout.keys), (self.queries, layout.queries)):
+                if name == kind:
+                    heads = output if output.dim() == 4 else _heads(output, head_dim)
+                    turned[index] = heads.transpose(1, 2) if layout.heads_first else heads
             if name == layout.values:
                 self.values[index] = _heads(output, head_dim)
 
