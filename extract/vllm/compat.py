@@ -6,7 +6,11 @@ changed inside the supported range is handled here, what cannot be handled is re
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from contextlib import suppress
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Final
 
 from ...errors import BackendNotInstalledError, UnsupportedModelError
@@ -84,3 +88,15 @@ def refuse_unsupported(vllm_config: Any, kv_cache_config: Any) -> None:
             raise UnsupportedModelError(f"{option} spreads the tokens of a prompt over ranks; leave it at 1")
     if vllm_config.speculative_config is not None:
         raise UnsupportedModelError("speculative decoding adds layers that are not the teacher's; leave it off")
+
+
+def forget_shared_memory(pids: Iterable[int]) -> None:
+    """Takes the names from the memory that workers on CPU share for tensor parallelism.
+
+    Its processes keep the memory, which is freed with the last of them; by name, as vLLM leaves it, it would outlive a
+    worker that was killed.
+    """
+    for pid in pids:
+        with suppress(OSError):  # It died meanwhile.
+            for path in re.findall(r"/dev/shm/vllm_dist_\S*cpushm_\d+", Path(f"/proc/{pid}/maps").read_text()):
+                Path(path).unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from ...hub import ModelSource, dense_source, load_config, model_geometry
 from ...store import KVGeometry
 from ..teacher import Captured
 from ..tokens import Tokens
-from .compat import installed_version
+from .compat import forget_shared_memory, installed_version
 from .handover import Inbox
 from .settings import EngineSettings
 
@@ -329,6 +329,7 @@ class VLLMTeacher:
         if found := next((problem for problem in problems if problem), None):
             raise UnsupportedModelError(f"{self._config.model_type} under vLLM: {found}")
         self._inbox.wait(len(problems))
+        forget_shared_memory(self.worker_pids)
 
     def _note(self, rank: int, note: Any, data: memoryview | None) -> None:
         if self._closing:
