@@ -31,6 +31,7 @@ EXAMPLES = {
     "inspect": [
         "kava inspect runs/demo/targets/smollm2.zarr",
         "kava inspect runs/demo/teachers/smollm2.zarr --sample 3",
+        "kava inspect runs/demo/targets/smollm2.zarr --align 3",
     ],
     "verify": ["kava verify runs/demo/teachers/smollm2.zarr runs/demo/targets/smollm2.zarr"],
 }

@@ -197,6 +197,9 @@ def status(
 def inspect(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="A store.", show_default=False)],
     sample: Annotated[str | None, typer.Option(help="Show this sample's tokens: its number or its id.")] = None,
+    align: Annotated[
+        str | None, typer.Option(help="Show this sample's tokens against those of the teacher it was made from.")
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="The run's recipe, for tokens and text; found beside the store if not given.")
     ] = None,
@@ -205,7 +208,7 @@ def inspect(
     """Show a store to a person: manifest, sizes, per-layer statistics, one sample's tokens and spans."""
     from .inspect import inspect_store
 
-    inspect_store(store, out, sample=sample, recipe=recipe, as_json=as_json)
+    inspect_store(store, out, sample=sample, align=align, recipe=recipe, as_json=as_json)
 
 
 @app.command()

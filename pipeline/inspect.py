@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..errors import StoreError
 from ..store import KVSample, KVStore, Segment, Split
+from .align import print_alignment
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,9 +20,14 @@ if TYPE_CHECKING:
     from .run import Run
 
 
-def inspect_store(path: Path, out: Console, *, sample: str | None, recipe: Path | None, as_json: bool) -> None:
-    """Prints a store's manifest, sizes and statistics, or one sample's tokens."""
+def inspect_store(
+    path: Path, out: Console, *, sample: str | None, align: str | None, recipe: Path | None, as_json: bool
+) -> None:
+    """Prints a store's manifest, sizes and statistics, or one sample's tokens, alone or against the teacher's."""
     store = KVStore.open(path)
+    if align is not None:
+        print_alignment(store, _find(store, align), _run_of(path, recipe), out)
+        return
     if sample is not None:
         _print_sample(store, _find(store, sample), _run_of(path, recipe), out)
         return
@@ -54,6 +60,7 @@ def _facts(store: KVStore) -> dict[str, Any]:
         "tokens_with_target": sum(p.statistics["tokens"] for p in parts),
         "tokens_per_sample": [int(real.min()), int(np.median(real)), int(real.max())] if len(real) else [],
         "tokens_by_segment": {s.name.lower(): int(segments[s]) for s in Segment if s},
+        "coverage": store.coverage(),
         "bytes_per_token": store.geometry.bytes_per_token(store.dtype.itemsize),
         "bytes_on_disk": disk,
         "disk_to_raw": round(disk / raw, 3) if raw else None,
@@ -80,6 +87,11 @@ def _print_store(store: KVStore, facts: dict[str, Any], out: Console) -> None:
         + f", {facts['failed']} failed",
         "tokens": f"{facts['tokens']:,} ({facts['tokens_with_target']:,} with K/V), per sample {spread}",
         "segments": ", ".join(f"{count:,} {name}" for name, count in facts["tokens_by_segment"].items()),
+        "coverage": ", ".join(
+            f"{name} {matched / text:.1%} ({together / text:.1%} end with a token of the teacher)"
+            for name, (text, matched, together) in facts["coverage"].items()
+        )
+        or "not resampled",
         "size": f"{disk:.1f} MB, {facts['disk_to_raw']} of {facts['bytes_per_token']:,} B/token raw",
         "made with": ", ".join(f"{name} {version}" for name, version in m.versions.items()),
         "parameters": json.dumps(m.parameters) if m.parameters else "none",

@@ -71,6 +71,8 @@ class ResampleSettings(_Section):
     """Time: teacher tokens to student tokens."""
 
     method: str = "last"
+    across_segments: bool = False
+    """Read rationale tokens from the prompt too, and so on; otherwise segments do not mix."""
     materialize: bool = False
     """Write the resampled store too, in the teacher's geometry; otherwise resampling is fused into projection."""
 

@@ -2,6 +2,7 @@
 
 A method is one function of two arrays of byte spans and one line in `RESAMPLERS`. A student token with no teacher token
 is masked, never filled with zeros that would be a target; an index outside the source is an error, never clamped.
+By default segments do not mix: prompt is read from prompt, rationale from rationale, answer from answer.
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ..errors import AlignmentError
+from ..store import Segment
 
 if TYPE_CHECKING:
     import torch
+
+    from ..extract import Tokens
+    from ..store import KVSample
 
 Array = np.ndarray[Any, Any]
 
@@ -128,6 +133,42 @@ RESAMPLERS: Final[dict[str, Callable[[Array, Array], TimeMap]]] = {
 }
 
 
+def time_map(
+    method: str, source: KVSample | Tokens, target: KVSample | Tokens, *, across_segments: bool = False
+) -> TimeMap:
+    """From the tokens of `source` to those of `target`, two tokenisations of one text.
+
+    Args:
+        method: a name in `RESAMPLERS`.
+        source: the teacher's tokens, with byte spans and segments.
+        target: the student's.
+        across_segments: also let a token be read from another segment; otherwise each segment is mapped by itself, and
+            its first tokens are masked where no source token of it ends early enough.
+    """
+    resample = RESAMPLERS[method]
+    if across_segments:
+        return resample(source.spans, target.spans)
+    kinds = [kind for kind in Segment if kind != Segment.NONE and (target.segments == kind).any()]
+    maps = [resample(_only(source, kind), _only(target, kind)) for kind in kinds]
+    rows, columns, weights = (
+        np.concatenate([getattr(m, name) for m in maps] or [np.zeros(0, dtype)])
+        for name, dtype in (("rows", np.int64), ("columns", np.int64), ("weights", np.float64))
+    )
+    order = np.argsort(rows, kind="stable")  # A text may come back to a segment: chats do.
+    return TimeMap(len(source), len(target), rows[order], columns[order], weights[order])
+
+
+def coverage(time: TimeMap, source: KVSample | Tokens, target: KVSample | Tokens) -> Array:
+    """How well two tokenisations meet: counts `[segments, 3]` of the target's text tokens.
+
+    All of them; those with any source token; those whose end is the end of a source token too.
+    """
+    text = target.spans[:, 1] > target.spans[:, 0]
+    together = np.isin(target.spans[:, 1], source.spans[_content(source.spans), 1])
+    counts = [text, text & time.mask, text & together]
+    return np.stack([np.bincount(target.segments[c], minlength=len(Segment)) for c in counts], axis=1)
+
+
 def linear_weights(num_source: int, num_target: int) -> tuple[Array, Array, Array]:
     """Rows, columns and weights of linear interpolation with `s_i = i (T - 1) / (M - 1)`; the last token for M = 1."""
     place = _places(num_source, num_target)
@@ -154,6 +195,11 @@ def _places(num_source: int, num_target: int) -> Array:
         return np.array([num_source - 1.0])
     # Whole-number arithmetic up to one division: the endpoints and every coincidence are exact.
     return np.arange(num_target) * (num_source - 1) / (num_target - 1)
+
+
+def _only(tokens: KVSample | Tokens, kind: Segment) -> Array:
+    """The spans, empty for tokens of other segments."""
+    return np.where((tokens.segments == kind)[:, None], tokens.spans, 0)
 
 
 def _content(spans: Array) -> Array:

@@ -322,7 +322,7 @@ class Run:
             codec=parent.codec,
             model=parent.model,
             samples_per_part=parent.samples_per_part,
-            parameters={"resample": self.recipe.resample.method},
+            parameters={"resample": self.resampling},
             parents={"teacher": parent.fingerprint},
         )
 
@@ -345,9 +345,14 @@ class Run:
             codec=project.codec,
             model=parent.model,
             samples_per_part=parent.samples_per_part,
-            parameters={"resample": self.recipe.resample.method, "project": fit},
+            parameters={"resample": self.resampling, "project": fit},
             parents=parents,
         )
+
+    @property
+    def resampling(self) -> dict[str, Any]:
+        """What determines how time is resampled."""
+        return self.recipe.resample.model_dump(include={"method", "across_segments"})
 
     @property
     def needs_reference(self) -> bool:

@@ -276,6 +276,7 @@ def _transform(run: Run, parent: KVStore, out: Path, resampler: str | None, proj
         student=str(run.student_dir.resolve()),
         chat_template=run.recipe.student.chat_template,
         resampler=resampler,
+        across_segments=run.recipe.resample.across_segments,
         projector=None if projector is None else str(projector.resolve()),
     )
 
@@ -291,6 +292,9 @@ def _describe(store: KVStore) -> str:
     failed = len(store.failed)
     size = store.size_on_disk() / 1e6
     note = f", {failed} failed samples" if failed else ""
+    if met := store.coverage():
+        text, with_target = (sum(counts[i] for counts in met.values()) for i in range(2))
+        note += f", {with_target / max(text, 1):.1%} of text tokens have a target"
     return f"{store.num_tokens} tokens of {store.geometry}, {size:.1f} MB at {store.path}{note}"
 
 

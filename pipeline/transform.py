@@ -12,12 +12,14 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ..errors import StageError
 from ..extract import Corpus, CorpusSettings, Encoder, load_corpus
 from ..hub import find_model, load_tokenizer
-from ..store import KVSample, KVStore
+from ..store import KVSample, KVStore, Segment
 from .project import Pair, Projector
-from .resample import RESAMPLERS, TimeMap, identity_map
+from .resample import TimeMap, coverage, identity_map, time_map
 
 if TYPE_CHECKING:
     from ..extract import Tokens
@@ -37,6 +39,7 @@ class Transform:
     chat_template: bool
     resampler: str | None
     """A name in `RESAMPLERS`; None where the parent is on the student's tokens already."""
+    across_segments: bool
     projector: str | None
     """The fitted projector; None to change time only."""
 
@@ -49,6 +52,7 @@ class Transform:
         encoder = student_encoder(self.student, self.chat_template)
         projector = None if self.projector is None else _projector(self.projector, _stamp(self.projector))
         reader = parent.part(part)
+        met = np.zeros((len(Segment), 3), np.int64)
         with out.write_part(part) as writer:
             for position, index in enumerate(parent.manifest.part_samples(part)):
                 record = corpus.records[index]
@@ -58,6 +62,7 @@ class Transform:
                 source = reader.sample(position)
                 tokens = encoder.encode(record)
                 time = self.time_map(source, tokens)
+                met += coverage(time, source, tokens)
                 keys, values = transformed(source, time, projector)
                 writer.append(
                     position,
@@ -73,13 +78,13 @@ class Transform:
                         mask=time.mask,
                     ),
                 )
-            writer.commit({"parent": reader.digest})
+            writer.commit({"parent": reader.digest}, coverage=met.tolist())
         return part
 
     def time_map(self, source: KVSample, tokens: Tokens) -> TimeMap:
         """From the source's tokens to the student's."""
         if self.resampler is not None:
-            return RESAMPLERS[self.resampler](source.spans, tokens.spans)
+            return time_map(self.resampler, source, tokens, across_segments=self.across_segments)
         if len(source) != len(tokens) or (source.input_ids != tokens.input_ids).any():
             raise StageError(
                 f"{self.parent}: sample {source.sample_id!r} is not on this student's tokens; resample it again"

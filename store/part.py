@@ -114,12 +114,20 @@ class PartWriter:
         self._claim(position, sample_id, split)
         self._record(position, reason)
 
-    def commit(self, sources: dict[str, str] | None = None, *, written_by: str = "") -> Path:
+    def commit(
+        self,
+        sources: dict[str, str] | None = None,
+        *,
+        written_by: str = "",
+        coverage: list[list[int]] | None = None,
+    ) -> Path:
         """Flushes the part and renames it into place.
 
         Args:
             sources: the digests of the parent parts this part was made from.
             written_by: what computed it, for provenance.
+            coverage: where time was resampled, per segment: text tokens, those with a target, those that end where a
+                token of the parent ends.
 
         Raises:
             StoreError: if a sample is missing or the part is there already.
@@ -137,6 +145,7 @@ class PartWriter:
                 "sources": sources or {},
                 "written_by": written_by,
                 "statistics": self._statistics(),
+                "coverage": coverage,
                 "files": _file_table(self._folder),
             }
             attributes["digest"] = digest_json(attributes)
@@ -242,6 +251,12 @@ class PartReader:
     def statistics(self) -> dict[str, Any]:
         """Tokens with a target, and per layer the sums of their keys and values, and of the squares."""
         return dict(self.attributes["statistics"])
+
+    @property
+    def coverage(self) -> list[list[int]] | None:
+        """Per segment: text tokens, those with a target, those that end with a parent's token; if resampled."""
+        found: list[list[int]] | None = self.attributes.get("coverage")
+        return found
 
     @property
     def failed(self) -> dict[int, str]:

@@ -18,7 +18,7 @@ from .files import disk_errors, write_atomic
 from .geometry import KVGeometry
 from .manifest import Manifest
 from .part import PartReader, PartWriter, part_name, remove_leftovers
-from .sample import KVBatch, KVSample, Split, collate
+from .sample import KVBatch, KVSample, Segment, Split, collate
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -214,6 +214,17 @@ class KVStore(Sequence[KVSample]):
             out[f"{name}_mean"] = mean
             out[f"{name}_std"] = np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 0))
         return out
+
+    def coverage(self) -> dict[str, tuple[int, int, int]]:
+        """How well this time axis meets its parent's, by segment; empty unless time was resampled.
+
+        Text tokens; those with a target; those that end where a token of the parent ends.
+        """
+        found = [c for number in self.committed_parts() if (c := self.part(number).coverage) is not None]
+        if not found:
+            return {}
+        totals = np.sum(found, axis=0).tolist()
+        return {s.name.lower(): tuple(totals[s]) for s in Segment if totals[s][0]}
 
     def verify(self) -> list[Damage]:
         """Checks every byte of every written part; an empty list means that all is as it was written."""

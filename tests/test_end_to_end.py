@@ -19,7 +19,7 @@ from fixtures.stores import tree
 from kava.extract import Encoder
 from kava.hub import find_model, load_tokenizer
 from kava.pipeline import Projector, load_recipe
-from kava.pipeline.resample import last
+from kava.pipeline.resample import time_map
 from kava.pipeline.run import Run
 from kava.store import KVStore, Split
 
@@ -55,12 +55,12 @@ def test_targets_are_what_the_parts_say(done: Path) -> None:
     for index in (0, 7, 23):
         source, made = teacher[index], targets[index]
         tokens = student.encode(run.corpus.records[index])
-        time_map = last(source.spans, tokens.spans)
+        time_axis = time_map("last", source, tokens)
         np.testing.assert_array_equal(made.input_ids, tokens.input_ids)
-        np.testing.assert_array_equal(made.mask, time_map.mask)
+        np.testing.assert_array_equal(made.mask, time_axis.mask)
         assert source.keys is not None
         assert made.keys is not None
-        wanted = projector.apply("keys", time_map.apply(source.keys.float()))
+        wanted = projector.apply("keys", time_axis.apply(source.keys.float()))
         kept = torch.from_numpy(made.mask)
         torch.testing.assert_close(made.keys[kept], wanted[kept], atol=1e-6, rtol=1e-5)
         assert not made.keys[~kept].any()
@@ -243,6 +243,26 @@ def test_inspect_for_people_and_programs(done: Path) -> None:
     assert "prompt" in printed
     assert "answer" in printed
     assert "there is no sample" in kava("inspect", store, "--sample", "nope", code=2)
+
+
+def test_two_token_rows_against_each_other(done: Path) -> None:
+    targets = done.parent / "run/targets/big.zarr"
+    printed = kava("inspect", targets, "--align", "r3")
+    store = KVStore.open(targets)
+    text = Run(load_recipe(done)).corpus.records[3].text
+    for side in ("teacher ", "student "):
+        lines = [line.removeprefix(side) for line in printed.splitlines() if line.startswith(side)]
+        pieces = "".join("".join(lines).split()).replace("␣", " ").replace("⏎", "\n").split("|")
+        # Tokens that end inside a character are shown by their bytes.
+        raw = [bytes.fromhex(p[1:-1]) if p.startswith("<") else p.encode() for p in pieces]
+        assert b"".join(raw).decode() == text
+    spans = store[3].spans
+    assert f"{(spans[:, 1] > spans[:, 0]).sum()} text tokens, " in printed
+    assert "prompt " in kava("inspect", targets)
+    assert all(text >= matched for text, matched, _ in store.coverage().values())
+    assert store.coverage().keys() == {"prompt", "rationale", "answer"}
+    teacher = done.parent / "run/teachers/big.zarr"
+    assert "on its own tokens; --align shows a derived one" in kava("inspect", teacher, "--align", "r3", code=2)
 
 
 def test_verify_names_the_damage(done: Path, tmp_path: Path) -> None:

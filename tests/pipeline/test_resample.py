@@ -10,8 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kava.errors import AlignmentError
-from kava.extract import Encoder, Record
-from kava.pipeline.resample import RESAMPLERS, TimeMap, identity_map, last, linear_weights, mean
+from kava.extract import Encoder, Record, Tokens
+from kava.pipeline.resample import (
+    RESAMPLERS,
+    TimeMap,
+    coverage,
+    identity_map,
+    last,
+    linear_weights,
+    mean,
+    time_map,
+)
 from kava.store import Segment
 
 
@@ -153,3 +162,58 @@ def test_identity_map_keeps_the_mask() -> None:
     time = identity_map(3, mask)
     assert time.mask.tolist() == mask.tolist()
     assert torch.equal(time.apply(torch.ones(3, 1))[:, 0], torch.tensor([1.0, 0.0, 1.0]))
+
+
+def _tokens(spans: np.ndarray[Any, Any], borders: tuple[int, int]) -> Tokens:
+    """Prompt to the first border, rationale to the second, then answer, by each token's last byte."""
+    count = len(spans)
+    kinds = 1 + np.searchsorted(borders, spans[:, 1] - 1, side="right")
+    segments = np.where(spans[:, 1] > spans[:, 0], kinds, 0).astype(np.uint8)
+    return Tokens(np.zeros(count, np.int32), np.arange(count, dtype=np.int32), spans, segments)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(sorted(RESAMPLERS)),
+    st.integers(3, 60),
+    st.lists(st.integers(0, 100), max_size=30),
+    st.lists(st.integers(0, 100), max_size=30),
+    st.tuples(st.integers(1, 60), st.integers(1, 60)),
+)
+def test_segments_do_not_mix(method: str, size: int, one: list[int], two: list[int], cuts: tuple[int, int]) -> None:
+    borders = (min(cuts), max(cuts))
+    source, target = _tokens(_cut(size, one), borders), _tokens(_cut(size, two), borders)
+    time = time_map(method, source, target)
+    assert (source.segments[time.columns] == target.segments[time.rows]).all()
+    np.testing.assert_allclose(time.dense().sum(1), time.mask.astype(float), atol=1e-12)
+    for kind in (1, 2, 3):  # Each segment is mapped as if it were the whole text.
+        own, other = (np.flatnonzero(tokens.segments == kind) for tokens in (source, target))
+        alone = RESAMPLERS[method](source.spans[own], target.spans[other])
+        np.testing.assert_array_equal(time.dense()[np.ix_(other, own)], alone.dense())
+    if method == "last":
+        assert (source.spans[time.columns, 1] <= target.spans[time.rows, 1]).all()
+    mixed = time_map(method, source, target, across_segments=True)
+    np.testing.assert_array_equal(mixed.dense(), RESAMPLERS[method](source.spans, target.spans).dense())
+
+
+def test_a_token_that_crosses_a_border_is_no_target_of_the_other_segment() -> None:
+    """The teacher reads bytes 2 to 6 as one token, the student begins its rationale at byte 4."""
+    source, target = _tokens(_spans(2, 6, 8), (4, 8)), _tokens(_spans(2, 4, 5, 6, 8), (4, 8))
+    assert source.segments.tolist() == [1, 2, 2]
+    assert target.segments.tolist() == [1, 1, 2, 2, 2]
+    assert time_map("last", source, target).dense().argmax(1).tolist() == [0, 0, 0, 1, 2]
+    assert time_map("last", source, target).mask.tolist() == [True, True, False, True, True]
+    assert time_map("last", source, target, across_segments=True).mask.all()
+
+
+def test_coverage_by_hand() -> None:
+    source, target = _tokens(_spans(2, 6, 8), (4, 8)), _tokens(_spans(2, 4, 5, 6, 8), (4, 8))
+    met = coverage(time_map("last", source, target), source, target)
+    assert met.tolist() == [[0, 0, 0], [2, 2, 1], [3, 2, 2], [0, 0, 0]]
+
+
+def test_a_text_without_text_tokens_has_no_targets() -> None:
+    nothing, some = _tokens(np.zeros((2, 2), np.int32), (1, 1)), _tokens(_equal_spans(3), (1, 2))
+    assert not time_map("mean", nothing, some).mask.any()
+    assert not time_map("mean", some, nothing).mask.any()
+    assert coverage(time_map("mean", some, nothing), some, nothing).sum() == 0
