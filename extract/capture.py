@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from ..errors import CorpusError, StoreError
-from ..store import BackgroundWriter, KVSample, KVStore
+from ..store import BackgroundWriter, Derive, KVSample, KVStore
 from .corpus import Corpus, Record
 from .teacher import Captured, Teacher
 from .tokens import Encoder, Tokens
@@ -40,6 +40,7 @@ def capture_store(
     settings: CaptureSettings,
     *,
     parts: Sequence[int] | None = None,
+    derive: Derive | None = None,
     on_text: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Captures every part of `store` that is not written yet.
@@ -51,6 +52,7 @@ def capture_store(
         teacher: what computes keys and values.
         settings: what to do with samples that are too long, and with parts that another backend made.
         parts: only these parts.
+        derive: makes each sample of `store` of a captured one; then `store` need not hold the teacher's geometry.
         on_text: called with the bytes of text of each finished sample.
 
     Raises:
@@ -60,7 +62,7 @@ def capture_store(
     if not settings.mix_backends:
         _refuse_other_backends(store, teacher.backend)
     wanted = [p for p in store.missing_parts() if parts is None or p in parts]
-    with BackgroundWriter(store) as writer:
+    with BackgroundWriter(store, derive=derive) as writer:
         for part in wanted:
             indices = store.manifest.part_samples(part)
             tokens = {position: encoder.encode(corpus.records[i]) for position, i in enumerate(indices)}

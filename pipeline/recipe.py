@@ -58,6 +58,8 @@ class ExtractSettings(CaptureSettings):
     dtype: DTypeName = "bfloat16"
     """Storage dtype of the teacher stores."""
     codec: str = "blosc-zstd"
+    keep: Literal["capture", "target"] = "capture"
+    """`target`: only the parts that maps are fitted on are kept as captured; of the others only targets are written."""
     generate: GenerateSettings | None = None
     """Let a teacher write the rationales first."""
 
@@ -129,6 +131,12 @@ class Recipe(_Section):
             if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
                 raise ValueError(f"teacher name {name!r} must be letters, digits, '.', '-' and '_': it names files")
         return teachers
+
+    @model_validator(mode="after")
+    def _keeps_what_is_needed(self) -> Self:
+        if self.extract.keep == "target" and self.resample.materialize:
+            raise ValueError("resample.materialize needs the whole capture; set extract.keep: capture")
+        return self
 
     @model_validator(mode="after")
     def _fits_the_backend(self) -> Self:

@@ -38,6 +38,8 @@ PART_BYTES: Final = 1 << 30
 """Raw bytes of keys and values in one part, at most, as far as the text's length tells."""
 MIN_PARTS: Final = 8
 """A small corpus is still cut into this many parts, so that it can be shared out and resumed."""
+CALIBRATION_PARTS: Final = 8
+"""The calibration is drawn from this many parts, or more where these hold too few samples."""
 BYTES_PER_TOKEN: Final = 2.5
 """UTF-8 bytes of text per token, on the low side of today's tokenizers, for cutting the corpus into parts."""
 
@@ -160,10 +162,36 @@ class Run:
 
     @cached_property
     def calibration(self) -> Corpus:
-        """The training samples that a fitted map is fitted on: a seeded choice, in corpus order."""
+        """The training samples that a fitted map is fitted on: a seeded choice from some parts, in corpus order."""
+        return self.corpus.subset(self._calibration[1])
+
+    @property
+    def calibration_parts(self) -> list[int]:
+        """The parts that hold the calibration: all that `extract.keep: target` keeps of a capture."""
+        return self._calibration[0]
+
+    @cached_property
+    def _calibration(self) -> tuple[list[int], list[int]]:
+        project, size = self.recipe.project, self._part_size
         train = self.corpus.split(Split.TRAIN)
-        count = min(len(train), self.recipe.project.calibration_samples)
-        return self.corpus.subset(sorted(random.Random(self.recipe.project.seed).sample(train, count)))
+        order, chosen, pool = list(range(-(-len(self.corpus) // size))), list[int](), list[int]()
+        draw = random.Random(project.seed)
+        draw.shuffle(order)
+        for part in order:
+            if len(chosen) >= CALIBRATION_PARTS and len(pool) >= project.calibration_samples:
+                break
+            chosen.append(part)
+            pool += [index for index in train if index // size == part]
+        return sorted(chosen), sorted(draw.sample(pool, min(len(pool), project.calibration_samples)))
+
+    @property
+    def _part_size(self) -> int:
+        """Samples in a part, from a capture that is there: its teacher need not be on this machine."""
+        for name in self.recipe.teachers:
+            path = self.teacher_path(name)
+            if (path / "zarr.json").exists():
+                return KVStore.open(path).manifest.samples_per_part
+        return self.samples_per_part
 
     def teacher(self, name: str) -> TeacherSettings:
         """A teacher's settings.

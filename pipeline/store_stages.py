@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import KavaError, StageError, StoreError, StoreNotFoundError
-from ..extract import Encoder, Teacher, capture_store
+from ..extract import Corpus, Encoder, Teacher, capture_store
 from ..extract.generate import Writer
 from ..progress import progress
-from ..store import KVStore, Manifest
+from ..store import Derive, KVStore, Manifest
+from .direct import derive_directly
 from .parallel import run_parts
 from .project import fit_projector
 from .run import Run
@@ -43,13 +44,22 @@ class StoreStage(Stage):
             return Status("missing")
         if found := store.manifest.differences(wanted):
             return Status("stale", ", ".join(f"{n}: {_short(old)} -> {_short(new)}" for n, (old, new) in found.items()))
-        missing, total = store.missing_parts(), wanted.num_parts
+        missing, total = self.missing(store), len(self.wanted(wanted))
         outdated = self.outdated(store)
         if missing or outdated:
             rewritten = f", {len(outdated)} to be made again" if outdated else ""
             return Status("partial", f"{total - len(missing)} of {total} parts{rewritten}")
         failed = len(store.failed)
-        return Status("complete", f"{total} parts" + (f", {failed} failed samples" if failed else ""))
+        kept = f" kept of {wanted.num_parts}" if total < wanted.num_parts else ""
+        return Status("complete", f"{total} parts{kept}" + (f", {failed} failed samples" if failed else ""))
+
+    def wanted(self, manifest: Manifest) -> list[int]:
+        """The parts that this stage makes."""
+        return list(range(manifest.num_parts))
+
+    def missing(self, store: KVStore) -> list[int]:
+        """Those of them that are not there yet."""
+        return sorted(set(self.wanted(store.manifest)) & set(store.missing_parts()))
 
     def outdated(self, store: KVStore) -> list[int]:
         """Parts that were made from a parent part which is another one now."""
@@ -82,11 +92,17 @@ class ExtractStage(StoreStage):
         """From the recipe."""
         return self.run.teacher_manifest(self._teacher)
 
+    def wanted(self, manifest: Manifest) -> list[int]:
+        """All parts, or with `extract.keep: target` those of the calibration."""
+        if self.run.recipe.extract.keep == "target":
+            return self.run.calibration_parts
+        return super().wanted(manifest)
+
     def make(self, scheduler: str | None) -> str:
         """Runs the teacher over the parts that are missing."""
         store = KVStore.create(self.output, self.manifest())
         with open_teacher(self.run, self._teacher) as teacher:
-            _capture(self.label, store, self.run.corpus, self.run.teacher_encoder(self._teacher), teacher, self.run)
+            _capture(self, store, self.run.corpus, self.run.teacher_encoder(self._teacher), teacher)
         return _describe(store)
 
 
@@ -112,7 +128,7 @@ class ReferenceStage(StoreStage):
         student = HFTeacher.load(
             self.run.student_source, dtype="float32", batch_tokens=self.run.recipe.extract.batch_tokens
         )
-        _capture(self.label, store, self.run.calibration, _student_encoder(self.run), student, self.run)
+        _capture(self, store, self.run.calibration, _student_encoder(self.run), student)
         return _describe(store)
 
 
@@ -121,29 +137,25 @@ class TransformStage(StoreStage):
 
     def make(self, scheduler: str | None) -> str:
         """Runs the transform over the parts that are missing or outdated."""
-        parent = self.complete_parent()
+        parent = self.parent()
+        assert parent is not None
+        if absent := [part for part in self.needed(parent.manifest) if part in set(parent.missing_parts())]:
+            raise StageError(
+                f"{parent.path}: {len(absent)} of {parent.manifest.num_parts} parts are missing; make them first"
+            )
         store = KVStore.create(self.output, self.manifest())
         for number in self.outdated(store):
             store.drop_part(number)
         transform = self.prepare(parent)
-        missing = store.missing_parts()
-        with progress(self.label, len(missing), "parts") as advance:
-            run_parts(transform, missing, scheduler=scheduler, on_part=lambda part: advance(1))
+        missing, there = store.missing_parts(), set(parent.committed_parts())
+        ready = [part for part in missing if part in there]
+        with progress(self.label, len(ready), "parts") as advance:
+            run_parts(transform, ready, scheduler=scheduler, on_part=lambda part: advance(1))
         return _describe(store)
 
-    def complete_parent(self) -> KVStore:
-        """The parent store.
-
-        Raises:
-            StageError: if parts of it are missing.
-        """
-        parent = self.parent()
-        assert parent is not None
-        if missing := parent.missing_parts():
-            raise StageError(
-                f"{parent.path}: {len(missing)} of {parent.manifest.num_parts} parts are missing; make them first"
-            )
-        return parent
+    def needed(self, parent: Manifest) -> list[int]:
+        """The parts of the parent without which nothing is begun."""
+        return list(range(parent.num_parts))
 
     @abstractmethod
     def prepare(self, parent: KVStore) -> Transform:
@@ -192,6 +204,25 @@ class ProjectStage(TransformStage):
         materialized = self.run.recipe.resample.materialize
         path = self.run.resampled_path if materialized else self.run.teacher_path
         return KVStore.open(path(self._teacher))
+
+    def needed(self, parent: Manifest) -> list[int]:
+        """All parts, or with `extract.keep: target` those of the calibration."""
+        if self.run.recipe.extract.keep == "target":
+            return self.run.calibration_parts
+        return super().needed(parent)
+
+    def make(self, scheduler: str | None) -> str:
+        """Projects the parts that are captured, then runs the teacher over those whose capture is not kept."""
+        line = super().make(scheduler)
+        run, store, parent = self.run, KVStore.open(self.output), self.parent()
+        if not store.missing_parts():
+            return line
+        if run.teacher_manifest(self._teacher).fingerprint != parent.manifest.fingerprint:
+            raise StageError(f"{parent.path} was captured from another teacher or corpus than the recipe's now")
+        derive = derive_directly(self.prepare(parent), parent.manifest)
+        with open_teacher(run, self._teacher) as teacher:
+            _capture(self, store, run.corpus, run.teacher_encoder(self._teacher), teacher, derive=derive)
+        return _describe(store)
 
     def prepare(self, parent: KVStore) -> Transform:
         """Fits the projector, unless the one on disk was fitted for this very store."""
@@ -254,14 +285,23 @@ def _open(run: Run, name: str, *, decoding: bool) -> HFTeacher | VLLMTeacher:
     return HFTeacher.load(source, dtype=settings.dtype, device=settings.device, batch_tokens=batch_tokens)
 
 
-def _capture(label: str, store: KVStore, corpus: Any, encoder: Encoder, teacher: Teacher, run: Run) -> None:
-    if teacher.geometry != store.geometry:
-        raise KavaError(f"{label}: the loaded model has {teacher.geometry}, its config promised {store.geometry}")
-    missing = sum(len(store.manifest.part_samples(part)) for part in store.missing_parts())
-    total = missing * sum(len(r.text.encode()) for r in corpus.records) // max(len(corpus), 1)
+def _capture(
+    stage: StoreStage,
+    store: KVStore,
+    corpus: Corpus,
+    encoder: Encoder,
+    teacher: Teacher,
+    *,
+    derive: Derive | None = None,
+) -> None:
+    if derive is None and teacher.geometry != store.geometry:
+        raise KavaError(f"{stage.label}: the loaded model has {teacher.geometry}, its config promised {store.geometry}")
+    parts, settings = stage.missing(store), stage.run.recipe.extract
+    samples = [index for part in parts for index in store.manifest.part_samples(part)]
+    total = sum(len(corpus.records[index].text.encode()) for index in samples)
     # Text length is known at once, tokens only part by part: the bar counts bytes of text.
-    with progress(label, total, "bytes of text") as advance:
-        capture_store(store, corpus, encoder, teacher, run.recipe.extract, on_text=advance)
+    with progress(stage.label, total, "bytes of text") as advance:
+        capture_store(store, corpus, encoder, teacher, settings, parts=parts, derive=derive, on_text=advance)
 
 
 def _student_encoder(run: Run) -> Encoder:

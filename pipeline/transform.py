@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import StageError
 from ..extract import Corpus, CorpusSettings, Encoder, load_corpus
 from ..hub import find_model, load_tokenizer
-from ..store import KVSample, KVStore, Segment
+from ..store import Derive, KVSample, KVStore, Manifest, Split
 from .project import Pair, Projector
 from .resample import TimeMap, coverage, identity_map, time_map
 
@@ -46,40 +46,49 @@ class Transform:
     def __call__(self, part: int) -> int:
         """Writes one part and returns its number."""
         parent, out = KVStore.open(self.parent), KVStore.open(self.out)
+        reader, derive = parent.part(part), self.derive(parent.manifest)
+        with out.write_part(part) as writer:
+            for position in reader.order:
+                if position in reader.failed:
+                    split = Split(int(reader.splits[position]))
+                    writer.fail(position, reader.ids[position], split, reader.failed[position])
+                    continue
+                made, met = derive(reader.sample(position))
+                writer.append(position, made, coverage=met)
+            writer.commit({"parent": reader.digest})
+        return part
+
+    def derive(self, parent: Manifest) -> Derive:
+        """What makes a sample of `out` of a sample of a store with the manifest `parent`.
+
+        Raises:
+            StageError: if the corpus changed since.
+        """
         corpus = _corpus(self.corpus, _stamp(self.corpus.path))
-        if parent.manifest.corpus_digest != corpus.digest:
+        if parent.corpus_digest != corpus.digest:
             raise StageError(f"{self.parent} was made from another corpus than {self.corpus.path} holds now")
         encoder = student_encoder(self.student, self.chat_template)
         projector = None if self.projector is None else _projector(self.projector, _stamp(self.projector))
-        reader = parent.part(part)
-        met = np.zeros((len(Segment), 3), np.int64)
-        with out.write_part(part) as writer:
-            for position, index in enumerate(parent.manifest.part_samples(part)):
-                record = corpus.records[index]
-                if position in reader.failed:
-                    writer.fail(position, record.sample_id, record.split, reader.failed[position])
-                    continue
-                source = reader.sample(position)
-                tokens = encoder.encode(record)
-                time = self.time_map(source, tokens)
-                met += coverage(time, source, tokens)
-                keys, values = transformed(source, time, projector)
-                writer.append(
-                    position,
-                    KVSample(
-                        sample_id=record.sample_id,
-                        split=record.split,
-                        keys=keys,
-                        values=values,
-                        input_ids=tokens.input_ids,
-                        positions=tokens.positions,
-                        spans=tokens.spans,
-                        segments=tokens.segments,
-                        mask=time.mask,
-                    ),
-                )
-            writer.commit({"parent": reader.digest}, coverage=met.tolist())
-        return part
+        records = {record.sample_id: record for record in corpus.records}
+
+        def derived(source: KVSample) -> tuple[KVSample, np.ndarray[Any, Any]]:
+            tokens = encoder.encode(records[source.sample_id])
+            time = self.time_map(source, tokens)
+            keys, values = transformed(source, time, projector)
+            made = KVSample(
+                sample_id=source.sample_id,
+                split=source.split,
+                keys=keys,
+                values=values,
+                input_ids=tokens.input_ids,
+                positions=tokens.positions,
+                spans=tokens.spans,
+                segments=tokens.segments,
+                mask=time.mask,
+            )
+            return made, coverage(time, source, tokens)
+
+        return derived
 
     def time_map(self, source: KVSample, tokens: Tokens) -> TimeMap:
         """From the source's tokens to the student's."""

@@ -14,7 +14,7 @@ from .part import PartReader, PartWriter
 from .sample import SEGMENTS, SPLITS, KVBatch, KVSample, Segment, Split, collate
 from .store import KVStore
 from .verify import Damage, verify_store
-from .writer import BackgroundWriter
+from .writer import BackgroundWriter, Derive
 
 __all__ = [
     "CODECS",
@@ -26,6 +26,7 @@ __all__ = [
     "Codec",
     "DType",
     "Damage",
+    "Derive",
     "KVBatch",
     "KVGeometry",
     "KVSample",

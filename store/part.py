@@ -64,6 +64,7 @@ class PartWriter:
         layers = manifest.geometry.num_layers
         self._sums = {name: np.zeros((2, layers)) for name in _KV}
         self._tokens = 0
+        self._coverage: np.ndarray[Any, Any] | None = None
         with disk_errors(root):
             self._folder.mkdir(parents=True)
 
@@ -73,10 +74,16 @@ class PartWriter:
     def __exit__(self, *exception: object) -> None:
         self.abort()
 
-    def append(self, position: int, sample: KVSample) -> None:
+    def append(self, position: int, sample: KVSample, *, coverage: np.ndarray[Any, Any] | None = None) -> None:
         """Writes a sample at `position` of this part.
 
         A sample with a non-finite key or value is not written but recorded as failed.
+
+        Args:
+            position: in this part.
+            sample: what to write.
+            coverage: where time was resampled, `[segments, 3]`: text tokens, those with a target, those that end where
+                a token of the parent ends.
 
         Raises:
             StoreError: if shapes differ from the manifest, or the position is foreign or taken.
@@ -108,26 +115,20 @@ class PartWriter:
         self._tokens += int(sample.mask.sum())
         for name in _KV:
             self._sums[name] += sums[name][:2]
+        if coverage is not None:
+            self._coverage = coverage + (0 if self._coverage is None else self._coverage)
 
     def fail(self, position: int, sample_id: str, split: Split, reason: str) -> None:
         """Records that this sample has no keys and values, and why."""
         self._claim(position, sample_id, split)
         self._record(position, reason)
 
-    def commit(
-        self,
-        sources: dict[str, str] | None = None,
-        *,
-        written_by: str = "",
-        coverage: list[list[int]] | None = None,
-    ) -> Path:
+    def commit(self, sources: dict[str, str] | None = None, *, written_by: str = "") -> Path:
         """Flushes the part and renames it into place.
 
         Args:
             sources: the digests of the parent parts this part was made from.
             written_by: what computed it, for provenance.
-            coverage: where time was resampled, per segment: text tokens, those with a target, those that end where a
-                token of the parent ends.
 
         Raises:
             StoreError: if a sample is missing or the part is there already.
@@ -145,7 +146,7 @@ class PartWriter:
                 "sources": sources or {},
                 "written_by": written_by,
                 "statistics": self._statistics(),
-                "coverage": coverage,
+                "coverage": None if self._coverage is None else self._coverage.tolist(),
                 "files": _file_table(self._folder),
             }
             attributes["digest"] = digest_json(attributes)
@@ -282,6 +283,11 @@ class PartReader:
     def starts(self) -> np.ndarray[Any, Any]:
         """First row per sample."""
         return self._array("start")
+
+    @property
+    def order(self) -> list[int]:
+        """Positions in the order in which they were written: read so, a part is read from front to back."""
+        return [int(position) for position in np.lexsort((self.lengths, self.starts))]
 
     @cached_property
     def rows(self) -> dict[str, np.ndarray[Any, Any]]:

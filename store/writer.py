@@ -6,14 +6,19 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
+from ..errors import SampleFailedError
 from .part import PartWriter
 from .sample import KVSample, Split
 
 if TYPE_CHECKING:
     from .store import KVStore
 
+Derive = Callable[[KVSample], tuple[KVSample, np.ndarray[Any, Any]]]
+"""Makes what is written, and its coverage, of what was appended."""
 QUEUE_BYTES: Final = 512 << 20
 """Raw bytes that may wait to be written before `append` blocks."""
 
@@ -29,6 +34,8 @@ class BackgroundWriter:
     store: KVStore
     on_commit: Callable[[int], None] = lambda part: None
     """Called on the writing thread with the number of each committed part."""
+    derive: Derive | None = None
+    """Turns samples into those of another store, on the writing thread; it may raise `SampleFailedError`."""
     queue_bytes: int = QUEUE_BYTES
     _jobs: deque[tuple[Callable[[], None], int]] = field(default_factory=deque)
     _pending: int = 0
@@ -63,7 +70,7 @@ class BackgroundWriter:
     def append(self, position: int, sample: KVSample) -> None:
         """Queues a sample of the current part; blocks while too much is waiting."""
         size = sum(t.numel() * t.element_size() for t in (sample.keys, sample.values) if t is not None)
-        self._put(lambda: self._current.append(position, sample), size)
+        self._put(lambda: self._append(position, sample), size)
 
     def fail(self, position: int, sample_id: str, split: Split, reason: str) -> None:
         """Queues the record of a failed sample."""
@@ -79,6 +86,17 @@ class BackgroundWriter:
             self.on_commit(part.index)
 
         self._put(job)
+
+    def _append(self, position: int, sample: KVSample) -> None:
+        if self.derive is None:
+            self._current.append(position, sample)
+            return
+        try:
+            derived, coverage = self.derive(sample)
+        except SampleFailedError as error:
+            self._current.fail(position, sample.sample_id, sample.split, str(error))
+        else:
+            self._current.append(position, derived, coverage=coverage)
 
     @property
     def _current(self) -> PartWriter:

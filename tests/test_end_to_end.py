@@ -89,6 +89,44 @@ def test_fused_and_materialised_targets_are_the_same(done: Path, tmp_path: Path,
         torch.testing.assert_close(fused.values, stepwise.values, atol=1e-6, rtol=1e-5)
 
 
+def test_targets_straight_from_the_teacher_are_the_same_bits(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    """Only the calibration's parts are captured, here 3 of 12; a sample that fails is told the same way."""
+    made = {}
+    for keep in ("capture", "target"):
+        folder = tmp_path / keep
+        folder.mkdir()
+        changes = {"samples_per_part": 2, "extract": {"keep": keep, "too_long": "skip", "dtype": "bfloat16"}}
+        recipe = write_recipe(folder, tiny_models, project={"calibration_samples": 4, "dtype": "bfloat16"}, **changes)
+        text = (folder / "corpus.jsonl").read_text()
+        (folder / "corpus.jsonl").write_text(text.replace("5 + 5 = 10. ", "5 " * 400))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("kava.pipeline.run.CALIBRATION_PARTS", 3)
+            printed = kava("run", recipe, "--until", "project")
+            assert "0 of 12" not in printed
+            rows = {r["stage"]: r for r in json.loads(kava("status", recipe, "--json"))["stages"]}
+            assert rows["extract big"]["state"] == rows["project big"]["state"] == "complete"
+            assert kava("run", recipe, "--until", "project").count("up to date") == 4
+            run = Run(load_recipe(recipe))
+            made[keep] = KVStore.open(run.target_path("big"))
+            captured = KVStore.open(run.teacher_path("big")).committed_parts()
+            if keep == "target":
+                assert captured == run.calibration_parts
+                assert len(captured) == 3
+                assert "3 parts kept of 12" in rows["extract big"]["detail"]
+    one, two = made["capture"], made["target"]
+    assert one.manifest.fingerprint == two.manifest.fingerprint
+    assert one.failed == two.failed != {}
+    assert one.coverage() == two.coverage()
+    files = [{name: data for name, data in tree(s.path).items() if not name.endswith("zarr.json")} for s in (one, two)]
+    assert files[0] == files[1]
+    with pytest.MonkeyPatch.context() as patch:  # Cut off in the middle, it goes on.
+        patch.setattr("kava.pipeline.run.CALIBRATION_PARTS", 3)
+        two.drop_part(next(p for p in range(12) if p not in captured))
+        assert "11 of 12 parts" in kava("status", recipe)
+        kava("project", recipe)
+    assert {n: d for n, d in tree(two.path).items() if not n.endswith("zarr.json")} == files[1]
+
+
 def test_changed_parameters_are_stale_and_only_what_follows_is_made_again(
     tmp_path: Path, tiny_models: dict[str, Path]
 ) -> None:

@@ -1,0 +1,42 @@
+"""Targets straight from a running teacher, for corpora whose captures would not fit on the disk.
+
+What a store would have done to a sample on the way to the disk and back is done in memory, so that the targets are,
+bit for bit, those of a capture that was kept: rounding to the capture's dtype, and refusing what is not finite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..errors import SampleFailedError
+from ..store import DTYPES, Derive, KVSample, Manifest
+from .transform import Transform
+
+
+def derive_directly(transform: Transform, capture: Manifest) -> Derive:
+    """What makes a target of a sample as a teacher gives it.
+
+    Args:
+        transform: what is done to every part of a capture that is kept.
+        capture: the manifest of that capture, were it kept.
+
+    Raises:
+        StageError: if the corpus changed since the capture.
+    """
+    derive = transform.derive(capture)
+    dtype = DTYPES[capture.dtype].torch_dtype
+
+    def derived(sample: KVSample) -> tuple[KVSample, np.ndarray[Any, Any]]:
+        assert sample.keys is not None
+        assert sample.values is not None
+        rounded = replace(sample, keys=sample.keys.to(dtype), values=sample.values.to(dtype))
+        for name in ("keys", "values"):
+            finite = getattr(rounded, name).isfinite().flatten(2).all(2).all(0)
+            if bad := (~finite).nonzero().flatten().tolist():
+                raise SampleFailedError(f"non-finite {name} in layers {bad}")
+        return derive(rounded)
+
+    return derived
