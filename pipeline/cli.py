@@ -40,7 +40,9 @@ Overrides = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Throw the output away and make it again.")]
 Scheduler = Annotated[
     str | None,
-    typer.Option(help="Address of a dask scheduler (tcp://host:8786); threads of this machine if not given."),
+    typer.Option(
+        help="Address of a dask scheduler (tcp://host:8786), or processes:N of this machine; its threads if not given."
+    ),
 ]
 OnlyTeacher = Annotated[str | None, typer.Option("--teacher", help="Only this teacher of the recipe.")]
 STAGES = ("generate", "student", "extract", "reference", "resample", "project", "train")

@@ -1,11 +1,23 @@
-"""Work on parts, under dask: threads here, or a cluster by the address of its scheduler."""
+"""Work on parts, under dask: threads here, processes here, or a cluster by the address of its scheduler.
+
+A part is one task, and one folder that one worker writes under a name of its own and renames when it is whole. So no
+two workers ever write to one file, a worker that dies loses the part in hand and nothing else, and a part that was
+given out twice is kept once. A task holds one sample at a time, in float32: its memory does not grow with the corpus.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import KavaError, RetryLaterError
+from ..errors import KavaError, RecipeError, RetryLaterError
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+_PROCESSES: Final = "processes:"
 
 
 def run_parts(
@@ -16,16 +28,19 @@ def run_parts(
     Args:
         work: picklable, idempotent.
         parts: numbers of the parts.
-        scheduler: None for threads of this process, `synchronous` for none, or the address of a dask scheduler
-            (`tcp://host:8786`) whose workers see the same files.
+        scheduler: None for threads of this process, `synchronous` for none, `processes:N` for N worker processes of
+            this machine, or the address of a dask scheduler (`tcp://host:8786`) whose workers see the same files.
         on_part: called in this process with each finished part.
 
     Raises:
-        RetryLaterError: if the scheduler cannot be reached.
+        RecipeError: if `scheduler` is none of these.
+        RetryLaterError: if the scheduler cannot be reached, or workers kept dying.
     """
-    if scheduler is not None and "://" in scheduler:
+    if scheduler is not None and ("://" in scheduler or scheduler.startswith(_PROCESSES)):
         _run_distributed(work, parts, scheduler, on_part)
         return
+    if scheduler not in (None, "threads", "synchronous"):
+        raise RecipeError(f"--scheduler {scheduler}: give tcp://HOST:PORT, processes:N, threads or synchronous")
     import dask
     import torch
     from dask.callbacks import Callback
@@ -46,21 +61,50 @@ def _run_distributed(
     work: Callable[[int], int], parts: Sequence[int], scheduler: str, on_part: Callable[[int], None]
 ) -> None:
     try:
-        from distributed import Client, as_completed
+        from distributed import KilledWorker, as_completed
     except ImportError:
         raise KavaError("--scheduler needs dask.distributed: pip install 'kava[distributed]'") from None
-    try:
-        client = Client(scheduler, timeout="20s")
-    except (OSError, ValueError) as error:
-        raise RetryLaterError(f"--scheduler {scheduler}: cannot be reached: {error}") from None
-    with client:
+    with _client(scheduler) as client:
         futures = client.map(_single_threaded, parts, work=work, pure=False, retries=2)
         for future in as_completed(futures):
-            on_part(int(future.result()))
+            try:
+                result = future.result()
+            except KilledWorker as error:
+                raise RetryLaterError(
+                    f"--scheduler {scheduler}: workers died again and again (out of memory?): {error}; finished parts "
+                    "are kept, the same command goes on"
+                ) from None
+            if isinstance(result, KavaError):
+                raise result
+            on_part(int(result))
 
 
-def _single_threaded(part: int, work: Callable[[int], int]) -> int:
+@contextmanager
+def _client(scheduler: str) -> Iterator[Client]:
+    from distributed import Client, LocalCluster
+
+    if not scheduler.startswith(_PROCESSES):
+        try:
+            client = Client(scheduler, timeout="20s")
+        except (OSError, ValueError) as error:
+            raise RetryLaterError(f"--scheduler {scheduler}: cannot be reached: {error}") from None
+        with client:
+            yield client
+        return
+    count = scheduler.removeprefix(_PROCESSES)
+    if not count.isdigit() or int(count) < 1:
+        raise RecipeError(f"--scheduler {scheduler}: write processes:N with a number of worker processes")
+    options: dict[str, Any] = {"n_workers": int(count), "threads_per_worker": 1, "dashboard_address": None}
+    with LocalCluster(processes=True, **options) as cluster, Client(cluster) as client:
+        yield client
+
+
+def _single_threaded(part: int, work: Callable[[int], int]) -> int | KavaError:
+    """Our own errors are results: a cluster would try them again, and log them at length, which changes nothing."""
     import torch
 
     torch.set_num_threads(1)
-    return work(part)
+    try:
+        return work(part)
+    except KavaError as error:
+        return error

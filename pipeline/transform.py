@@ -7,6 +7,7 @@ the parent part, so that a part captured again makes exactly its own targets sta
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import StageError
+from ..errors import PartExistsError, StageError
 from ..extract import Corpus, CorpusSettings, Encoder, load_corpus
 from ..hub import find_model, load_tokenizer
 from ..store import Derive, KVSample, KVStore, Manifest, Split
@@ -55,7 +56,8 @@ class Transform:
                     continue
                 made, met = derive(reader.sample(position))
                 writer.append(position, made, coverage=met)
-            writer.commit({"parent": reader.digest})
+            with suppress(PartExistsError):  # Given out twice, after a worker was taken for dead: the same bits.
+                writer.commit({"parent": reader.digest})
         return part
 
     def derive(self, parent: Manifest) -> Derive:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DamagedStoreError, SampleFailedError, StoreError, StoreNotFoundError
+from ..errors import DamagedStoreError, PartExistsError, SampleFailedError, StoreError, StoreNotFoundError
 from .codec import codec_of
 from .dtypes import dtype_of
 from .files import disk_errors, fsync, fsync_tree
@@ -131,7 +131,8 @@ class PartWriter:
             written_by: what computed it, for provenance.
 
         Raises:
-            StoreError: if a sample is missing or the part is there already.
+            StoreError: if a sample is missing.
+            PartExistsError: if the part is there already.
         """
         if missing := np.flatnonzero(self._length < 0).tolist():
             raise StoreError(f"part {self.index}: samples at positions {missing[:5]} were not written")
@@ -157,7 +158,7 @@ class PartWriter:
                 self._folder.rename(final)
             except OSError as error:
                 if final.exists():
-                    raise StoreError(f"{final} was written by another process meanwhile; it was kept") from error
+                    raise PartExistsError(f"{final} was written by another process meanwhile; it was kept") from error
                 raise
             fsync(final.parent)
         return final

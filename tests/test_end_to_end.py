@@ -174,17 +174,6 @@ def test_a_part_captured_again_makes_only_its_targets_stale(
     assert len(KVStore.open(targets.path).failed) == 4
 
 
-def test_dask_distributed_writes_the_same_bits(done: Path, tmp_path: Path, tiny_models: dict[str, Path]) -> None:
-    from distributed import LocalCluster
-
-    recipe = write_recipe(tmp_path, tiny_models)
-    kava("run", recipe, "--until", "reference")
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
-        kava("project", recipe, "--scheduler", cluster.scheduler_address)
-    assert tree(tmp_path / "run/targets") == tree(done.parent / "run/targets")
-    assert "cannot be reached" in kava("project", recipe, "--force", "--scheduler", "tcp://127.0.0.1:9", code=75)
-
-
 def test_alpha_zero_sees_the_same_batches(done: Path) -> None:
     kava("train", done, "-s", "train.alpha=0", "-s", "train.name=plain")
     kava("train", done, "-s", "train.alpha=1e-30", "-s", "train.name=nearly")

@@ -87,6 +87,10 @@ class ManifestMismatchError(StoreError):
     """A store at this path holds other content."""
 
 
+class PartExistsError(StoreError, FileExistsError):
+    """Another process has written this part meanwhile; it was kept."""
+
+
 class SampleFailedError(StoreError, LookupError):
     """The sample was recorded as failed and has no keys and values."""
 

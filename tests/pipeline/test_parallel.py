@@ -1,0 +1,107 @@
+"""The offline pass under dask: the same bits from any number of workers, whoever dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from fixtures.command import kava, write_recipe
+from fixtures.stores import tree
+from fixtures.tasks import dies, fails
+
+from kava.errors import KavaError, RecipeError, RetryLaterError
+from kava.pipeline import load_recipe
+from kava.pipeline.parallel import run_parts
+from kava.pipeline.run import Run
+from kava.pipeline.store_stages import ProjectStage
+from kava.store import KVStore
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path]) -> tuple[Path, dict[str, bytes]]:
+    """A recipe with targets of 24 parts, and their bytes as one thread makes them."""
+    recipe = write_recipe(tmp_path_factory.mktemp("parallel"), tiny_models, samples_per_part=1)
+    kava("run", recipe, "--until", "reference")
+    kava("project", recipe, "--scheduler", "synchronous")
+    return recipe, tree(recipe.parent / "run/targets")
+
+
+def _again(recipe: Path, scheduler: str | None) -> dict[str, bytes]:
+    kava("project", recipe, "--force", *(["--scheduler", scheduler] if scheduler else []))
+    made: dict[str, bytes] = tree(recipe.parent / "run/targets")
+    return made
+
+
+def test_threads_processes_and_clusters_write_the_same_bits(made: tuple[Path, dict[str, bytes]]) -> None:
+    from distributed import LocalCluster
+
+    recipe, expected = made
+    assert _again(recipe, None) == expected
+    assert _again(recipe, "processes:2") == expected
+    with LocalCluster(n_workers=3, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        assert _again(recipe, cluster.scheduler_address) == expected
+
+
+def test_a_worker_that_dies_costs_only_its_part(made: tuple[Path, dict[str, bytes]]) -> None:
+    from distributed import LocalCluster
+
+    recipe, expected = made
+    run = Run(load_recipe(recipe))
+    stage = ProjectStage(run, "big")
+    stage.discard()
+    killed: list[int] = []
+
+    def kill_one(cluster: LocalCluster) -> None:
+        parts = run.target_path("big") / "parts"
+        while len(list(parts.glob("[0-9]*"))) < 3:
+            time.sleep(0.002)
+        killed.append(next(iter(cluster.workers.values())).pid)
+        os.kill(killed[0], signal.SIGKILL)
+
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        killer = threading.Thread(target=kill_one, args=(cluster,))
+        killer.start()
+        stage.make(cluster.scheduler_address)
+        killer.join()
+    assert not psutil.pid_exists(killed[0])
+    store = KVStore.create(run.target_path("big"), stage.manifest())  # Takes away what the dead one had begun.
+    assert store.missing_parts() == []
+    assert tree(recipe.parent / "run/targets") == expected
+
+
+def test_a_part_given_out_twice_is_kept_once(made: tuple[Path, dict[str, bytes]]) -> None:
+    recipe, expected = made
+    run = Run(load_recipe(recipe))
+    stage = ProjectStage(run, "big")
+    transform = stage.prepare(KVStore.open(run.teacher_path("big")))
+    assert transform(5) == 5
+    assert tree(recipe.parent / "run/targets") == expected
+
+
+@pytest.mark.parametrize("scheduler", [None, "synchronous", "processes:1"])
+def test_an_error_of_a_task_is_the_commands(scheduler: str | None) -> None:
+    with pytest.raises(KavaError, match="part 2 is broken"):
+        run_parts(fails, range(4), scheduler=scheduler, on_part=lambda part: None)
+
+
+@pytest.mark.slow
+def test_workers_that_keep_dying_end_the_run() -> None:
+    with pytest.raises(RetryLaterError, match="workers died again and again"):
+        run_parts(dies, [0], scheduler="processes:1", on_part=lambda part: None)
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_is_not_there() -> None:
+    with pytest.raises(RetryLaterError, match="cannot be reached"):
+        run_parts(fails, [0], scheduler="tcp://127.0.0.1:9", on_part=lambda part: None)
+
+
+def test_schedulers_that_are_none() -> None:
+    for wrong in ("processes:none", "processes:0", "nonsense"):
+        with pytest.raises(RecipeError, match="--scheduler"):
+            run_parts(fails, [0], scheduler=wrong, on_part=lambda part: None)
