@@ -62,7 +62,7 @@ ATTENTION_LAYOUTS: Final[dict[str, AttentionLayout]] = {
     "cohere2": AttentionLayout(rotates=lambda attention: attention.sliding_window is not None),
     "ernie4_5": AttentionLayout(),
     "exaone4": replace(
-        _NORMED, heads_first=True, rotates=lambda attention: attention.is_sliding or not attention.sliding_window
+        _NORMED, heads_first=True, rotates=lambda attention: attention.is_sliding or attention.sliding_window is None
     ),
     "glm": AttentionLayout(),
     "glm4": AttentionLayout(),
