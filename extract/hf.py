@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from importlib import metadata
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from ..hub import ModelSource, load_model
 from ..store import KVGeometry
 from ..tap import KVTap, decoder, probe_geometry
+from .rope import forget_longest_pass, frequency_class, rope_parameters
 from .teacher import Captured
 from .tokens import Tokens
 
@@ -42,8 +43,10 @@ class HFTeacher:
 
     @property
     def max_tokens(self) -> int:
-        """`max_position_embeddings` of the model's config."""
-        return int(self.model.config.max_position_embeddings)
+        """`max_position_embeddings` of the model's config; under dynamic NTK scaling, `factor` times that."""
+        config = self.model.config
+        factors = [p["factor"] for p in rope_parameters(config) if p.get("rope_type") == "dynamic"]
+        return int(config.max_position_embeddings * min(factors, default=1))
 
     def capture(self, samples: Sequence[Tokens]) -> Iterator[Captured]:
         """Pre-RoPE keys and values of each sample, in the model's dtype, by batches of like length.
@@ -52,7 +55,8 @@ class HFTeacher:
         device is at work on the next.
         """
         before: Callable[[], list[Captured]] = list
-        for batch in plan_batches([len(tokens) for tokens in samples], self.batch_tokens):
+        kinds = [frequency_class(self.model.config, int(tokens.positions.max()) + 1) for tokens in samples]
+        for batch in plan_batches([len(tokens) for tokens in samples], self.batch_tokens, kinds):
             launched = self._launch(batch, [samples[index] for index in batch])
             yield from before()
             before = launched
@@ -66,19 +70,26 @@ class HFTeacher:
         stop_ids: Sequence[int],
         numbers: Sequence[int],
     ) -> list[list[int]]:
-        """Continues each prompt, by batches of like length; sampling is seeded by a batch's first prompt."""
+        """Continues each prompt, by batches of like length; sampling is seeded by a batch's first prompt.
+
+        Prompts that may grow past a length at which rotary frequencies change share a batch only with their like.
+        """
         import torch
 
         written: list[list[int]] = [[] for _ in prompts]
         sampling = {"temperature": settings.temperature, "top_p": settings.top_p} if settings.temperature else {}
         device = next(self.model.parameters()).device
-        for batch in plan_batches([len(p) + settings.max_new_tokens for p in prompts], self.batch_tokens):
+        ends = [len(p) + settings.max_new_tokens for p in prompts]
+        config = self.model.config
+        kinds = [0 if frequency_class(config, end) == frequency_class(config, 1) else end for end in ends]
+        for batch in plan_batches(ends, self.batch_tokens, kinds):
             longest = max(len(prompts[index]) for index in batch)
             ids, mask = (torch.zeros((len(batch), longest), dtype=torch.int64) for _ in range(2))
             for row, index in enumerate(batch):
                 ids[row, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
                 mask[row, longest - len(prompts[index]) :] = 1
             torch.manual_seed(settings.seed + numbers[batch[0]])
+            forget_longest_pass(self.model)
             found = self.model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
@@ -116,6 +127,7 @@ class HFTeacher:
             positions[row, rows[row]] = torch.from_numpy(tokens.positions).to(torch.int64)
             mask[row, rows[row]] = 1
         with torch.inference_mode(), KVTap(self.model) as tap:
+            forget_longest_pass(self.model)
             decoder(self.model)(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
@@ -136,16 +148,18 @@ class HFTeacher:
         return result
 
 
-def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+def plan_batches(lengths: Sequence[int], batch_tokens: int, kinds: Sequence[Hashable] | None = None) -> list[list[int]]:
     """Indices grouped so that each group, padded to its longest, stays within `batch_tokens`; a group has one at least.
 
-    Sorted by length, longest first, so that padding is small and running out of memory happens at once or never.
+    Sorted by length, longest first, so that padding is small and running out of memory happens at once or never. With
+    `kinds`, only samples of equal kind share a group: a model chooses rotary frequencies by the longest of a batch.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches: list[list[int]] = []
     for index in order:
-        longest = lengths[batches[-1][0]] if batches else 0
-        if batches and longest * (len(batches[-1]) + 1) <= batch_tokens:
+        first = batches[-1][0] if batches else None
+        alike = first is not None and (kinds is None or kinds[first] == kinds[index])
+        if first is not None and alike and lengths[first] * (len(batches[-1]) + 1) <= batch_tokens:
             batches[-1].append(index)
         else:
             batches.append([index])

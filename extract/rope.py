@@ -8,12 +8,14 @@ variants (YaRN, LongRoPE) multiply cosine and sine by a factor and half-precisio
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UnsupportedModelError
-from ..tap import decoder
+from ..errors import AlignmentError, UnsupportedModelError
+from ..hub import meta_model
+from ..tap import attention_layout, decoder
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RotaryTable:
-    """Cosines and sines as a model applies them: of every position, or `at` those of the keys in hand."""
+    """Cosines and sines as a layer applies them: of every position, or `at` those of the keys in hand.
+
+    A layer that does not rotate has a table of `rotary_dim` 0, which changes nothing.
+    """
 
     cos: torch.Tensor
     """`[t, rotary_dim / 2]` float32."""
@@ -29,6 +34,15 @@ class RotaryTable:
     """`[t, rotary_dim / 2]` float32."""
     interleaved: bool = False
     """Pairs are dimensions `(2i, 2i + 1)` (GPT-J) instead of `(i, i + rotary_dim / 2)` (GPT-NeoX, Llama)."""
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many dimensions of a head are turned: the first ones."""
+        return 2 * self.cos.shape[-1]
+
+    def to(self, device: torch.device) -> RotaryTable:
+        """The same table on another device."""
+        return RotaryTable(self.cos.to(device), self.sin.to(device), self.interleaved)
 
     def at(self, positions: torch.Tensor) -> RotaryTable:
         """The rows of these positions `[t]`."""
@@ -42,6 +56,25 @@ class RotaryTable:
         """The keys that `rotate` turns into these: `(k cos - rotate_half(k) sin) / (cos² + sin²)`."""
         return self._turned(keys, *self._inverse)
 
+    def differs(self, other: RotaryTable, eps: float) -> str | None:
+        """What tells this table of positions 0, 1, ... from another, if it is more than rounding.
+
+        Args:
+            other: the table to compare with, on the same device.
+            eps: of the dtype in which either was computed; angles are products of float32 numbers.
+        """
+        if (self.rotary_dim, self.interleaved) != (other.rotary_dim, other.interleaved):
+            kinds = [("interleaved" if t.interleaved else "half and half", t.rotary_dim) for t in (self, other)]
+            return f"turns {kinds[0][1]} dimensions {kinds[0][0]}, not {kinds[1][1]} {kinds[1][0]} like that"
+        import torch
+
+        off = torch.maximum((self.cos - other.cos).abs(), (self.sin - other.sin).abs()).amax(-1)
+        allowed = 2 * eps + 5e-7 * torch.arange(len(off), device=off.device)
+        wrong = (off > allowed).nonzero()
+        if not len(wrong):
+            return None
+        return f"has another table: at position {wrong[0].item()} it is {off[wrong[0]].item():.1e} off that"
+
     @cached_property
     def _inverse(self) -> tuple[torch.Tensor, torch.Tensor]:
         norm = self.cos.square() + self.sin.square()
@@ -51,7 +84,7 @@ class RotaryTable:
         import torch
 
         out = torch.empty_like(keys)
-        width = 2 * cos.shape[-1]
+        width = self.rotary_dim
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         (a, b), (out_a, out_b) = self._pairs(keys[..., :width]), self._pairs(out[..., :width])
         torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
@@ -69,37 +102,145 @@ class RotaryTable:
 def rotary_tables(config: Any, positions: torch.Tensor) -> list[RotaryTable]:
     """What each layer of a Hugging Face model rotates its keys and queries with, in float32.
 
-    Read from the model's own rotary module and function, and proved on random keys.
+    Read from the model's own rotary module and function, and proved on random keys: every rope_type that
+    transformers knows, partial and interleaved rotation, tables that differ by kind of layer, layers without rotation.
 
     Args:
         config: the model's config.
-        positions: `[t]` int64: the position ids of one forward pass, all of them: dynamic scaling and LongRoPE choose
-            their frequencies by the largest.
+        positions: `[t]` integers: the position ids of one forward pass, all of them: dynamic NTK scaling and LongRoPE
+            choose their frequencies by the largest.
 
     Returns:
-        One table for each layer, of those positions.
+        One table for each layer, of those positions, on the CPU.
 
     Raises:
-        UnsupportedModelError: if the model does not turn pairs of dimensions by its positions.
+        AlignmentError: if the positions are not `[t]` integers from 0 on.
+        UnsupportedModelError: if the architecture is not known, or does not turn pairs of dimensions by its positions.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        base = decoder(AutoModelForCausalLM.from_config(config))
-    if not hasattr(base, "rotary_emb"):
-        raise UnsupportedModelError(f"{type(base).__name__} has no rotary embedding where kava looks for it")
+    _check_positions(positions)
+    layout, base = attention_layout(config), decoder(meta_model(config))
     rotary = type(base.rotary_emb)(base.config)
     rotate = sys.modules[type(base).__module__].apply_rotary_pos_emb
-    kinds = getattr(base.config, "layer_types", None) or [""] * base.config.num_hidden_layers
-    per_kind = isinstance(next(iter(base.config.rope_parameters.values())), dict)
-    tables: dict[str, RotaryTable] = {}
-    for kind in kinds if per_kind else [""]:
+    unrotated = RotaryTable(*torch.zeros(2, len(positions), 0))
+    tables: dict[tuple[str, ...], RotaryTable] = {}
+    found = []
+    for layer, kind in zip(base.layers, _kinds(base.config), strict=True):
+        if not layout.rotates(layer.self_attn):
+            found.append(unrotated)
+            continue
         if kind not in tables:
-            extra = (kind,) if per_kind else ()
-            cos, sin = rotary(torch.zeros(1, dtype=torch.float32), positions[None], *extra)
+            cos, sin = rotary(torch.zeros(1, dtype=torch.float32), positions.cpu()[None], *kind)
             tables[kind] = _read_table(rotate, cos, sin)
-    return [tables[kind if per_kind else ""] for kind in kinds]
+        found.append(tables[kind])
+    return found
+
+
+def unrotate_cache(
+    config: Any, keys: torch.Tensor, positions: torch.Tensor, *, forwards: Sequence[int] | None = None
+) -> torch.Tensor:
+    """Pre-RoPE keys from those that a Hugging Face model cached for one sequence.
+
+    For caches that exist already; kava's own capture reads keys before they are rotated. The sequence must have been
+    computed alone, or without longer neighbours, by a model that saw no longer one before: under dynamic NTK scaling
+    and LongRoPE those too decide on the frequencies, and a cache does not say so.
+
+    Args:
+        config: the model's config.
+        keys: `[t, l, h, d]` of any float dtype: the keys of a `DynamicCache`, its layers stacked.
+        positions: `[t]` integers: the position ids that the model saw.
+        forwards: how many of the tokens came with each forward pass, in their order: `[t]` for one prefill (the
+            default), `[t - 2, 1, 1]` for a prefill and two decoded tokens.
+
+    Returns:
+        `[t, l, h, d]` float32, on the device of `keys`.
+
+    Raises:
+        AlignmentError: if keys, positions, forward passes and the model's layers do not fit each other.
+        UnsupportedModelError: if the architecture is not known, or its frequencies changed between two of the forward
+            passes, so that no one table turns the keys back.
+    """
+    import torch
+
+    if keys.dim() != 4 or positions.shape != keys.shape[:1]:
+        raise AlignmentError(
+            f"keys must be [t, l, h, d] and positions [t], got {tuple(keys.shape)} and {tuple(positions.shape)}"
+        )
+    _check_positions(positions)
+    forwards = [len(keys)] if forwards is None else list(forwards)
+    if sum(forwards) != len(keys) or min(forwards, default=1) < 1:
+        raise AlignmentError(f"forward passes of {forwards} tokens do not make up {len(keys)} keys")
+    lengths = [int(piece.max()) + 1 for piece in torch.split(positions, forwards)]
+    if len({frequency_class(config, length) for length in lengths}) > 1:
+        kinds = sorted({str(parameters.get("rope_type")) for parameters in rope_parameters(config)})
+        raise UnsupportedModelError(
+            f"these keys cannot be un-rotated: between forward passes that reached {lengths[0]} and {lengths[-1]} "
+            f"positions, rope_type {', '.join(kinds)} changed its frequencies, and cached keys keep those of their own "
+            "pass. Compute the sequence in one forward pass, or capture it with kava"
+        )
+    tables = rotary_tables(config, positions)
+    if len(tables) != keys.shape[1]:
+        raise AlignmentError(f"keys of {keys.shape[1]} layers, the model has {len(tables)}")
+    pairs = zip(tables, keys.unbind(1), strict=True)
+    layers = [table.to(keys.device).unrotate(layer.float()) for table, layer in pairs]
+    return torch.stack(layers, dim=1)
+
+
+def rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """The rotary parameters of a config: one set, or one for each kind of layer."""
+    stated = getattr(config, "rope_parameters", None) or {}
+    return [value for value in stated.values() if isinstance(value, dict)] or [stated]
+
+
+def frequency_class(config: Any, length: int) -> tuple[int, ...]:
+    """What a forward pass over positions 0 to `length - 1` chooses its frequencies by.
+
+    Passes of equal class rotate alike. Under dynamic NTK scaling (bloc97 and emozilla 2023,
+    `base (f L / L_max - (f - 1))^(d / (d - 2))`) every length `L` past `max_position_embeddings` is a class of its own;
+    LongRoPE (Ding et al. 2024, https://arxiv.org/abs/2402.13753) has one set of factors up to
+    `original_max_position_embeddings` and another beyond; everything else is one class.
+    """
+    found = []
+    for parameters in rope_parameters(config):
+        kind, chosen = parameters.get("rope_type"), 0
+        if kind == "dynamic":
+            chosen = max(length, int(config.max_position_embeddings))
+        elif kind == "longrope":
+            chosen = int(length > parameters["original_max_position_embeddings"])
+        found.append(chosen)
+    return tuple(found)
+
+
+def forget_longest_pass(model: Any) -> None:
+    """Makes a model choose its frequencies by the coming forward pass alone.
+
+    Under dynamic NTK scaling, transformers keeps those of the longest pass until one comes that is shorter than
+    `max_position_embeddings`: here, one of a single position through its rotary module.
+    """
+    base = decoder(model)
+    if all(parameters.get("rope_type") != "dynamic" for parameters in rope_parameters(base.config)):
+        return
+    import torch
+
+    device = next(model.parameters()).device
+    for kind in set(_kinds(base.config)):
+        base.rotary_emb(torch.zeros(1, device=device), torch.zeros((1, 1), dtype=torch.int64, device=device), *kind)
+
+
+def _kinds(config: Any) -> list[tuple[str, ...]]:
+    """For each layer, what the rotary module must be told beside the positions: its kind, where kinds differ."""
+    if any(isinstance(value, dict) for value in config.rope_parameters.values()):
+        return [(kind,) for kind in config.layer_types]
+    return [()] * int(config.num_hidden_layers)
+
+
+def _check_positions(positions: torch.Tensor) -> None:
+    if positions.dim() != 1 or not len(positions) or positions.is_floating_point() or bool((positions < 0).any()):
+        raise AlignmentError(
+            f"positions must be [t] integers from 0 on, got {positions.dtype} {tuple(positions.shape)}"
+            + (f", the smallest {positions.min().item()}" if positions.numel() else "")
+        )
 
 
 def _read_table(rotate: Any, cos: torch.Tensor, sin: torch.Tensor) -> RotaryTable:

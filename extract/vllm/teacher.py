@@ -24,6 +24,7 @@ from ..teacher import Captured
 from ..tokens import Tokens
 from .compat import forget_shared_memory, installed_version
 from .handover import Inbox
+from .limits import max_prompt
 from .settings import EngineSettings
 
 if TYPE_CHECKING:
@@ -96,14 +97,14 @@ class VLLMTeacher:
         Raises:
             BackendNotInstalledError: if vLLM is not there, or not in a supported version.
             RecipeError: if the engine does not start with these settings.
-            UnsupportedModelError: if what this engine computes cannot be captured.
+            UnsupportedModelError: if what this engine computes cannot be captured, or is not what transformers does.
         """
+        self._config = load_config(source)
+        self.max_tokens = max_prompt(self._config, settings)
         self.backend = f"vllm {installed_version()}"
         _quiet()
         self.geometry: KVGeometry = model_geometry(source)
-        self._config = load_config(source)
         self._output_dtype, self._settings, self._decoding = output_dtype, settings, decoding
-        self.max_tokens = _max_tokens(self._config, settings)
         self._assembly: Assembly | None = None
         self._calls = 0
         self._closing, self._lost = False, False
@@ -214,7 +215,7 @@ class VLLMTeacher:
             )
         except KavaError:
             raise
-        except (ValueError, TypeError, RuntimeError, NotImplementedError, AssertionError, OSError) as error:
+        except (ValueError, TypeError, RuntimeError, NotImplementedError, AssertionError, KeyError, OSError) as error:
             _log.info("vLLM did not start", exc_info=True)
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise RecipeError(f"vLLM does not start with these engine settings: {reason}") from error
@@ -324,7 +325,8 @@ class VLLMTeacher:
     def _attach(self) -> None:
         settings, address = self._settings, self._inbox.address
         ring_bytes = settings.handover_bytes
-        arguments = ((address.name, address.key), self._output_dtype, ring_bytes, self.geometry.shape)
+        config = self._config.to_json_string(use_diff=False)
+        arguments = ((address.name, address.key), self._output_dtype, ring_bytes, self.geometry.shape, config)
         problems = self._on_engine(lambda: self._llm.collective_rpc("kava_attach", args=arguments))
         if found := next((problem for problem in problems if problem), None):
             raise UnsupportedModelError(f"{self._config.model_type} under vLLM: {found}")
@@ -347,15 +349,6 @@ def _pass_on(done: Future[None], assembly: Assembly) -> None:
     if not isinstance(error, KavaError) and type(error).__name__ == "EngineDeadError":
         error = RetryLaterError("the vLLM engine died; finished parts are kept, run the same command again")
     assembly.fail(error)
-
-
-def _max_tokens(config: Any, settings: EngineSettings) -> int:
-    longest = int(config.max_position_embeddings)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope" and settings.max_model_len is None:
-        # vLLM uses the long factors for every prompt if any prompt may be long; transformers chooses by length.
-        longest = int(rope.get("original_max_position_embeddings", longest))
-    return min(longest, settings.max_model_len or longest)
 
 
 def _quiet() -> None:

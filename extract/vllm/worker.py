@@ -6,15 +6,17 @@ its type.
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import AutoConfig
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.parallel_state import get_tp_group, get_world_group
 from vllm.model_executor.models.utils import extract_layer_index
 
 from ...errors import UnsupportedModelError
-from ..rope import RotaryTable
+from ..rope import RotaryTable, rotary_tables
 from .compat import cache_specs, refuse_unsupported
 from .copier import CachedLayer, Copier
 from .handover import Address, Outbox
@@ -33,7 +35,7 @@ class CaptureWorker:
             """The worker's model."""
 
     def kava_attach(
-        self, address: tuple[str, bytes], dtype: str, ring_bytes: int, shape: tuple[int, int, int]
+        self, address: tuple[str, bytes], dtype: str, ring_bytes: int, shape: tuple[int, int, int], config: str
     ) -> str | None:
         """Proves layouts and rotary tables, and opens the way out.
 
@@ -42,6 +44,7 @@ class CaptureWorker:
             dtype: of what is sent.
             ring_bytes: of shared memory for this worker.
             shape: layers, KV heads and head_dim of the whole model, as its config promises them.
+            config: the model's Hugging Face config, in JSON.
 
         Returns:
             What cannot be captured, or None.
@@ -49,7 +52,7 @@ class CaptureWorker:
         connector: KavaConnector = get_kv_transfer_group()
         try:
             refuse_unsupported(connector.vllm_config, connector.kv_cache_config)
-            layers = _layers(connector, self.get_model())
+            layers = _layers(connector, self.get_model(), AutoConfig.for_model(**json.loads(config)))
         except UnsupportedModelError as error:
             return str(error)
         except (RuntimeError, ValueError) as error:  # Of the backend's own cache update, for shapes it does not know.
@@ -82,12 +85,20 @@ class CaptureWorker:
 
 
 @torch.inference_mode()
-def _layers(connector: KavaConnector, model: torch.nn.Module) -> list[CachedLayer]:
+def _layers(connector: KavaConnector, model: torch.nn.Module, config: Any) -> list[CachedLayer]:
+    if ".models.transformers" in type(model).__module__:
+        raise UnsupportedModelError(
+            f"vLLM has no code of its own for it and runs that of transformers ({type(model).__name__}), in which kava "
+            "does not find the rotation of keys; use extract.backend: hf"
+        )
     attentions = connector.vllm_config.compilation_config.static_forward_context
     num_blocks = connector.kv_cache_config.num_blocks
     specs = cache_specs(connector.kv_cache_config)
+    # The last position is that of the sampled token, which is never computed.
+    positions = connector.vllm_config.model_config.max_model_len - 1
+    expected = rotary_tables(config, torch.arange(positions))
     layouts: dict[tuple[Any, ...], CacheLayout] = {}
-    tables: dict[int, RotaryTable] = {}
+    tables: dict[tuple[int, int], RotaryTable] = {}
     found = []
     for name in sorted(connector.caches, key=extract_layer_index):
         attention, spec = attentions[name], specs[name]
@@ -103,12 +114,18 @@ def _layers(connector: KavaConnector, model: torch.nn.Module) -> list[CachedLaye
         if kind not in layouts:
             layouts[kind] = learn_layout(cache, write, block_size=connector.block_size, heads=heads, head_dim=head_dim)
         prove_layout(layouts[kind], cache, write, block_size=connector.block_size, num_blocks=num_blocks)
+        index = extract_layer_index(name)
+        own = expected[index]
+        if own.rotary_dim == 0:  # Some models have the module in such a layer too, and do not call it.
+            found.append(CachedLayer(index, cache, layouts[kind], own.to(cache.device)))
+            continue
         rotary = _rotary_module(model, name)
-        if id(rotary) not in tables:
-            # The last position is that of the sampled token, which is never computed.
-            positions = connector.vllm_config.model_config.max_model_len - 1
-            tables[id(rotary)] = read_rotary(rotary, positions, cache.dtype, cache.device)
-        found.append(CachedLayer(extract_layer_index(name), cache, layouts[kind], tables[id(rotary)]))
+        if (id(rotary), id(own)) not in tables:
+            table = read_rotary(rotary, positions, cache.dtype, cache.device)
+            if problem := table.differs(own.to(cache.device), torch.finfo(cache.dtype).eps):
+                raise UnsupportedModelError(f"layer {name}: {type(rotary).__name__} {problem} of transformers")
+            tables[id(rotary), id(own)] = table
+        found.append(CachedLayer(index, cache, layouts[kind], tables[id(rotary), id(own)]))
     indices = [layer.index for layer in found]
     if not found or indices != list(range(indices[0], indices[0] + len(indices))):
         raise UnsupportedModelError(f"the attention layers of this worker are {indices}, not consecutive ones")
@@ -139,7 +156,8 @@ def read_rotary(rotary: Any, positions: int, dtype: torch.dtype, device: torch.d
     Raises:
         UnsupportedModelError: if it does not turn pairs of dimensions by its positions.
     """
-    width, head_dim, interleaved = int(rotary.rotary_dim), int(rotary.head_size), not rotary.is_neox_style
+    width, head_dim = int(rotary.rotary_dim), int(rotary.head_size)
+    interleaved = not getattr(rotary, "is_neox_style", True)  # LongRoPE's module does not say.
     at = torch.arange(positions, device=device)
 
     def turn(keys: torch.Tensor) -> torch.Tensor:

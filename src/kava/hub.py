@@ -12,6 +12,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -207,13 +208,22 @@ def config_geometry(config: Any) -> KVGeometry:
     Raises:
         UnsupportedModelError: if its architecture is not known.
     """
+    attention_layout(config)
+    config = deepcopy(config)
+    for parameters in (config.rope_parameters, *config.rope_parameters.values()):
+        if isinstance(parameters, dict) and parameters.get("rope_type") in ("dynamic", "longrope"):
+            parameters["rope_type"] = "default"  # These look at positions, which have no numbers there.
+    return probe_geometry(meta_model(config))
+
+
+def meta_model(config: Any) -> Any:
+    """The causal language model of a config on the `meta` device: every module, no weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    attention_layout(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_unquantized(config))
-    return probe_geometry(model)
+        # Of the ways to compute experts, the one whose shapes do not depend on numbers.
+        return AutoModelForCausalLM.from_config(_unquantized(deepcopy(config)), experts_implementation="batched_mm")
 
 
 def model_identity(source: ModelSource, *, compute_dtype: str) -> ModelIdentity:

@@ -6,8 +6,8 @@ Teacher capture and student training read the same tensors through this one tap.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,28 +24,56 @@ if TYPE_CHECKING:
 class AttentionLayout:
     """Where one attention module computes its pre-RoPE keys and its values."""
 
-    keys: str = "k_proj"
-    """The submodule whose output is the last thing that happens to keys before rotary embedding."""
+    keys: tuple[str, ...] = ("k_proj",)
+    """The submodule whose output is the last thing that happens to keys before rotary embedding: the first of these
+    that the attention has, for norms that a config may leave out."""
     values: str = "v_proj"
-    queries: str = "q_proj"
+    queries: tuple[str, ...] = ("q_proj",)
     """The same for queries."""
     fused: bool = False
     """`keys`, `values` and `queries` name one projection whose output is `[queries | keys | values]`."""
     heads_first: bool = False
-    """The output of `keys` and `queries` is `[b, h, t, d]` instead of `[b, t, h, d]` or `[b, t, h * d]`."""
+    """An output of `keys` and `queries` with four axes is `[b, h, t, d]` instead of `[b, t, h, d]`."""
+    rotates: Callable[[Any], bool] = lambda attention: True
+    """Whether this attention module rotates its keys and queries at all."""
     attn_implementation: str | None = None
     """The only attention that computes this architecture exactly, where the default does not."""
 
 
+_NORMED: Final = AttentionLayout(keys=("k_norm",), queries=("q_norm",))
+_OPTIONAL_NORM: Final = AttentionLayout(
+    keys=("k_layernorm", "k_proj"), queries=("q_layernorm", "q_proj"), heads_first=True
+)
+
 ATTENTION_LAYOUTS: Final[dict[str, AttentionLayout]] = {
     "llama": AttentionLayout(),
     "mistral": AttentionLayout(),
+    "mixtral": AttentionLayout(),
     "qwen2": AttentionLayout(),
-    "qwen3": AttentionLayout(keys="k_norm", queries="q_norm"),
+    "qwen2_moe": AttentionLayout(),
+    "qwen3": _NORMED,
+    "qwen3_moe": _NORMED,
     "gemma": AttentionLayout(),
     "gemma2": AttentionLayout(attn_implementation="eager"),  # SDPA leaves out the soft-capping of attention scores.
-    "gemma3_text": AttentionLayout(keys="k_norm", queries="q_norm", heads_first=True),
-    "phi3": AttentionLayout(keys="qkv_proj", values="qkv_proj", queries="qkv_proj", fused=True),
+    "gemma3_text": replace(_NORMED, heads_first=True),
+    "phi": _OPTIONAL_NORM,
+    "phi3": AttentionLayout(keys=("qkv_proj",), values="qkv_proj", queries=("qkv_proj",), fused=True),
+    "cohere": AttentionLayout(keys=("k_norm", "k_proj"), queries=("q_norm", "q_proj")),
+    "cohere2": AttentionLayout(rotates=lambda attention: attention.sliding_window is not None),
+    "ernie4_5": AttentionLayout(),
+    "exaone4": replace(
+        _NORMED, heads_first=True, rotates=lambda attention: attention.is_sliding or attention.sliding_window is None
+    ),
+    "glm": AttentionLayout(),
+    "glm4": AttentionLayout(),
+    "granite": AttentionLayout(),
+    "helium": AttentionLayout(),
+    "olmo2": _NORMED,
+    "olmo3": _NORMED,
+    "seed_oss": AttentionLayout(),
+    "smollm3": AttentionLayout(rotates=lambda attention: bool(attention.use_rope)),
+    "stablelm": _OPTIONAL_NORM,
+    "starcoder2": AttentionLayout(),
 }
 """By `config.model_type`."""
 
@@ -80,14 +108,17 @@ class KVTap:
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
         self.queries: dict[int, torch.Tensor] = {}
-        self._names = {self.layout.keys, self.layout.values, *([self.layout.queries] if queries else [])}
+        self._want_queries = queries
 
     def __enter__(self) -> KVTap:
         for index in self._wanted:
-            attention = self._attentions[index]
-            for name in self._names:
-                module = attention.get_submodule(name)
-                self._handles.append(module.register_forward_hook(self._hook(index, name, attention)))
+            attention, layout = self._attentions[index], self.layout
+            places = [(layout.keys, self.keys), ((layout.values,), self.values)]
+            if self._want_queries:
+                places.append((layout.queries, self.queries))
+            for names, found in places[:1] if layout.fused else places:
+                hook = self._fused_hook(index, attention) if layout.fused else self._hook(index, attention, found)
+                self._handles.append(_submodule(attention, names).register_forward_hook(hook))
         return self
 
     def __exit__(
@@ -106,24 +137,35 @@ class KVTap:
             torch.stack([self.values[index] for index in self._wanted], dim=2),
         )
 
-    def _hook(self, index: int, name: str, attention: Any) -> Any:
-        layout, head_dim = self.layout, int(attention.head_dim)
+    def _hook(self, index: int, attention: Any, found: dict[int, torch.Tensor]) -> Any:
+        heads_first, head_dim = self.layout.heads_first, int(attention.head_dim)
 
         def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            if layout.fused:
-                width = attention.num_key_value_heads * head_dim
-                self.keys[index] = _heads(output[..., -2 * width : -width], head_dim)
-                self.values[index] = _heads(output[..., -width:], head_dim)
-                self.queries[index] = _heads(output[..., : -2 * width], head_dim)
-                return
-            for turned, kind in ((self.keys, layout.keys), (self.queries, layout.queries)):
-                if name == kind:
-                    heads = output if output.dim() == 4 else _heads(output, head_dim)
-                    turned[index] = heads.transpose(1, 2) if layout.heads_first else heads
-            if name == layout.values:
-                self.values[index] = _heads(output, head_dim)
+            if output.dim() == 4:
+                found[index] = output.transpose(1, 2) if heads_first else output
+            else:
+                found[index] = _heads(output, head_dim)
 
         return hook
+
+    def _fused_hook(self, index: int, attention: Any) -> Any:
+        head_dim = int(attention.head_dim)
+        width = attention.num_key_value_heads * head_dim
+
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            self.queries[index] = _heads(output[..., : -2 * width], head_dim)
+            self.keys[index] = _heads(output[..., -2 * width : -width], head_dim)
+            self.values[index] = _heads(output[..., -width:], head_dim)
+
+        return hook
+
+
+def _submodule(attention: nn.Module, names: Sequence[str]) -> nn.Module:
+    """The first of these that there is."""
+    for name in names[:-1]:
+        if hasattr(attention, name):
+            return attention.get_submodule(name)
+    return attention.get_submodule(names[-1])
 
 
 def _heads(flat: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -45,6 +45,11 @@ def test_batches_hold_every_sample_once_within_the_budget(lengths: list[int], bu
         assert padded <= budget or len(batch) == 1
     firsts = [lengths[b[0]] for b in batches]
     assert firsts == sorted(firsts, reverse=True)
+    kinds = [length > 100 for length in lengths]
+    apart = plan_batches(lengths, budget, kinds)
+    assert sorted(i for b in apart for i in b) == list(range(len(lengths)))
+    assert all(len({kinds[i] for i in b}) == 1 for b in apart)
+    assert len(apart) <= len(batches) + 1
 
 
 def test_every_token_of_every_sample_is_stored(tmp_path: Path, teacher: HFTeacher) -> None:

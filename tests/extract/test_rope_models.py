@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fixtures.models import ARCHITECTURES, tiny_model
+from fixtures.models import ARCHITECTURES, OPTIONS, tiny_model
 from transformers import DynamicCache
 
 from kava.extract.rope import rotary_tables
 from kava.tap import KVTap, decoder
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", [*ARCHITECTURES, *OPTIONS])
 def test_tapped_keys_rotated_by_the_table_are_the_models_cache(model_type: str) -> None:
     model = tiny_model(model_type)
     positions = torch.arange(20)
@@ -27,7 +27,7 @@ def test_tapped_keys_rotated_by_the_table_are_the_models_cache(model_type: str) 
         assert tap.queries[layer].shape == (1, 20, 6, 16)
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", [*ARCHITECTURES, *OPTIONS])
 def test_tapped_queries_give_the_models_own_attention(model_type: str) -> None:
     model = tiny_model(model_type)
     model.set_attn_implementation("eager")

@@ -26,8 +26,21 @@ from kava.hub import find_model
 pytestmark = pytest.mark.vllm
 
 SMALL = {"kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
+BY_TRANSFORMERS = ["glm", "helium", "olmo2", "olmo3", "phi", "phi-qk-norm", "seed_oss", "smollm3", "starcoder2"]
+"""What vLLM has no code of its own for: it runs that of transformers, in which kava does not find the rotation."""
+NATIVE = sorted({*ARCHITECTURES, "cohere-qk-norm"} - {*BY_TRANSFORMERS})
 LENGTHS = [1, 2, 31, 32, 33, 64, 100, 128, 129, 200, 255, 256, 70, 70, 5, 90, 160, 33]
 """Shorter and longer than a block, of one token, and as long as the model reads."""
+
+
+def _shape(model_type: str) -> dict[str, Any]:
+    """vLLM's CPU kernels know no head_dim below 32; it takes that of some from hidden_size."""
+    shape: dict[str, Any] = {"head_dim": 32}
+    if model_type in ("qwen2", "qwen2_moe", "qwen3_moe", "mixtral"):
+        shape["hidden_size"] = 192
+    if model_type == "cohere2":  # Its window is one token wider there.
+        shape["sliding_window"] = 256
+    return shape
 
 
 def _tokens(ids: np.ndarray[Any, Any]) -> Tokens:
@@ -56,13 +69,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     made: dict[str, Path] = {}
 
     def get(model_type: str, **shape: Any) -> Path:
-        name = "-".join([model_type, *(f"{k}{v}" for k, v in shape.items())])
+        name = f"{model_type} {shape}"
         if name not in made:
-            # vLLM's Qwen2 takes head_dim from hidden_size; its CPU kernels know no head_dim below 32.
-            wide = {"hidden_size": 192} if model_type == "qwen2" else {}
-            made[name] = save_model(
-                root / name, model_type, byte_level_tokenizer(400), **{"head_dim": 32, **wide, **shape}
-            )
+            folder = root / str(len(made))
+            made[name] = save_model(folder, model_type, byte_level_tokenizer(400), **{**_shape(model_type), **shape})
         return made[name]
 
     return get
@@ -98,10 +108,47 @@ def _check(path: Path, samples: list[Tokens] | None = None, limit: float = 1e-5,
     return teacher
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", NATIVE)
 def test_architectures_in_float32(models: Any, model_type: str) -> None:
     """Chunked prefill, several prompts per step, shared prefixes, sliding windows of 8 tokens."""
     _check(models(model_type))
+
+
+@pytest.mark.parametrize("model_type", ["olmo2", "smollm3"])
+def test_architectures_that_vllm_runs_by_transformers_are_refused(models: Any, model_type: str) -> None:
+    with pytest.raises(
+        UnsupportedModelError, match=rf"{model_type} under vLLM: .*runs that of transformers \(Transformers"
+    ):
+        _teacher(models(model_type))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "extra"),
+    [
+        ("llama", {"rope_type": "linear", "factor": 4.0}),
+        (
+            "llama",
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 1.3},
+        ),
+        ("phi3", {"rope_type": "longrope", "short_factor": [1 + i / 9 for i in range(16)], "long_factor": [9.0] * 16}),
+    ],
+    ids=["linear", "yarn", "longrope"],
+)
+def test_architectures_with_scaled_rotation(models: Any, model_type: str, extra: dict[str, Any]) -> None:
+    original = {"original_max_position_embeddings": 257} if model_type == "phi3" else {}
+    longer = {"max_position_embeddings": 512} if model_type == "phi3" else {}
+    _check(models(model_type, rope_parameters={**extra, "rope_theta": 1e4}, **original, **longer))
+
+
+def test_architectures_whose_table_is_another_under_vllm_are_refused(models: Any) -> None:
+    """vLLM does not read LongRoPE's factor of attention."""
+    factors = {"short_factor": [1.0] * 16, "long_factor": [9.0] * 16, "attention_factor": 1.5}
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    path = models("phi3", rope_parameters=longrope, original_max_position_embeddings=128)
+    with pytest.raises(
+        UnsupportedModelError, match=r"Phi3LongRoPE.* has another table: at position 0 it is .* off that"
+    ):
+        _teacher(path)
 
 
 @pytest.mark.parametrize(

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from importlib import metadata
 from multiprocessing import AuthenticationError
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fixtures.caches import BLOCK, BLOCKS, DIM, HEADS, LAYOUTS, PagedCache, cpu_packed, joined_heads_first, split_first
+from fixtures.models import ARCHITECTURES, OPTIONS, save_model, tiny_config
+from fixtures.tokenizers import byte_level_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from transformers import AutoConfig
 
-from kava.errors import BackendNotInstalledError, CaptureError, RetryLaterError, UnsupportedModelError
-from kava.extract.rope import RotaryTable
+from kava.errors import BackendNotInstalledError, CaptureError, RecipeError, RetryLaterError, UnsupportedModelError
+from kava.extract.rope import RotaryTable, rotary_tables
 from kava.extract.vllm import compat
 from kava.extract.vllm.assembly import Assembly
 from kava.extract.vllm.copier import CachedLayer, Copier, RequestRows, batches_of
 from kava.extract.vllm.handover import Address, Flushed, Inbox, Lost, Outbox, Piece, Placed, Rows
 from kava.extract.vllm.layout import CacheLayout, learn_layout, prove_layout
+from kava.extract.vllm.limits import max_prompt
 from kava.extract.vllm.settings import EngineSettings
+from kava.extract.vllm.teacher import VLLMTeacher
+from kava.hub import find_model
 from kava.store import KVGeometry
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -282,6 +290,49 @@ def test_engine_arguments_that_kava_owns_are_refused() -> None:
         EngineSettings(engine_args={"kv_cache_dtype": "fp8"})
     with pytest.raises(ValidationError, match=r"'block_size' stands one level up, in engine.block_size"):
         EngineSettings(engine_args={"block_size": 32})
+
+
+def test_what_vllm_computes_otherwise_is_refused_before_an_engine_starts(tmp_path: Path) -> None:
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    save_model(tmp_path / "dynamic", "llama", byte_level_tokenizer(400), rope_parameters=dynamic)
+    with pytest.raises(UnsupportedModelError, match=r"llama under vLLM: rope_type dynamic: .*extract.backend: hf"):
+        VLLMTeacher(
+            find_model(str(tmp_path / "dynamic")), dtype="float32", output_dtype="float32", settings=EngineSettings()
+        )
+    by_kind = {"full_attention": dynamic, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    for config, message in (
+        (tiny_config("gemma3_text", rope_parameters=by_kind), "gemma3_text under vLLM: rope_type dynamic"),
+        (tiny_config("stablelm-qk-norm"), "stablelm under vLLM: qk_layernorm"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=message):
+            max_prompt(config, EngineSettings())
+
+
+def test_prompts_stay_as_short_as_vllm_computes_what_transformers_does() -> None:
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_type": "longrope", "rope_theta": 1e4}
+    longrope = tiny_config("phi3", rope_parameters=factors, original_max_position_embeddings=64)
+    for config, limit, message in (
+        (longrope, 63, r"room for 64 or more tokens vLLM takes the long factors of rope_type longrope .* 63 or less"),
+        (tiny_config("cohere2"), 8, "windows of sliding attention are one token wider .* 8 or less"),
+        (tiny_config("llama"), 256, None),
+    ):
+        assert max_prompt(config, EngineSettings()) == limit
+        assert max_prompt(config, EngineSettings(max_model_len=limit - 2)) == limit - 2
+        if message is None:
+            assert max_prompt(config, EngineSettings(max_model_len=limit + 100)) == limit
+            continue
+        with pytest.raises(RecipeError, match=message):
+            max_prompt(config, EngineSettings(max_model_len=limit + 1))
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *OPTIONS])
+def test_a_config_reaches_the_workers_as_it_is(name: str) -> None:
+    config = tiny_config(name)
+    sent = AutoConfig.for_model(**json.loads(config.to_json_string(use_diff=False)))
+    assert type(sent) is type(config)
+    for own, same in zip(*(rotary_tables(c, torch.arange(40)) for c in (config, sent)), strict=True):
+        assert torch.equal(own.cos, same.cos)
+        assert own.interleaved == same.interleaved
 
 
 def test_a_version_outside_the_range_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
