@@ -58,6 +58,10 @@ class ExtractSettings(CaptureSettings):
     dtype: DTypeName = "bfloat16"
     """Storage dtype of the teacher stores."""
     codec: str = "blosc-zstd"
+    importance: bool = False
+    """Also capture how much the answer attends to each rationale token, per layer and KV head. Part of the content."""
+    confidence: bool = False
+    """Also capture each sample's loss and mean entropy under the teacher. Part of the content."""
     generate: GenerateSettings | None = None
     """Let a teacher write the rationales first."""
 
@@ -130,6 +134,9 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _fits_the_backend(self) -> Self:
+        for signal in ("importance", "confidence"):
+            if self.extract.backend == "vllm" and getattr(self.extract, signal):
+                raise ValueError(f"extract.{signal} needs extract.backend: hf; under vLLM it is not captured")
         for name, teacher in self.teachers.items():
             if self.extract.backend == "hf" and teacher.engine.quantization is not None:
                 raise ValueError(f"teachers.{name}.engine.quantization needs extract.backend: vllm")

@@ -16,6 +16,7 @@ from ..errors import AlignmentError, StageError
 from ..extract import Corpus, CorpusSettings, Encoder, load_corpus
 from ..extract.corpus import HeldoutSettings
 from ..extract.generate import GenerateSettings
+from ..extract.signals import signal_arrays
 from ..hub import (
     ModelSource,
     chat_template_digest,
@@ -276,15 +277,17 @@ class Run:
 
     def teacher_manifest(self, name: str) -> Manifest:
         """The manifest of a teacher's capture."""
-        settings, source = self.teacher(name), self.teacher_source(name)
+        settings, source, extract = self.teacher(name), self.teacher_source(name), self.recipe.extract
         tokenizer = load_tokenizer(source)
         quantization = settings.engine.quantization
+        geometry = self.teacher_geometry(name)
         return self._manifest(
             kind="capture",
             parameters={"quantization": quantization} if quantization else {},
-            geometry=self.teacher_geometry(name),
-            dtype=self.recipe.extract.dtype,
-            codec=self.recipe.extract.codec,
+            geometry=geometry,
+            dtype=extract.dtype,
+            codec=extract.codec,
+            extras=signal_arrays(geometry, importance=extract.importance, confidence=extract.confidence),
             model=self.teacher_identity(name),
             tokenizer_digest=tokenizer_digest(tokenizer),
             chat_template_digest=chat_template_digest(tokenizer) if settings.chat_template else None,

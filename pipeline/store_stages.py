@@ -250,8 +250,14 @@ def _open(run: Run, name: str, *, decoding: bool) -> HFTeacher | VLLMTeacher:
         )
     from ..extract.hf import HFTeacher
 
-    batch_tokens = recipe.extract.batch_tokens
-    return HFTeacher.load(source, dtype=settings.dtype, device=settings.device, batch_tokens=batch_tokens)
+    return HFTeacher.load(
+        source,
+        dtype=settings.dtype,
+        device=settings.device,
+        batch_tokens=recipe.extract.batch_tokens,
+        importance=recipe.extract.importance and not decoding,
+        confidence=recipe.extract.confidence and not decoding,
+    )
 
 
 def _capture(label: str, store: KVStore, corpus: Any, encoder: Encoder, teacher: Teacher, run: Run) -> None:

@@ -196,16 +196,16 @@ class PartWriter:
         group = zarr.open_group(self._folder, mode="a", zarr_format=3)
         for name, writer in self._pages.items():
             writer.close()
-            array, extra = writer.array, self.manifest.extras.get(name)
-            page, tail = array.page_shape[0], array.page_shape[1:]
+            paged, extra = writer.array, self.manifest.extras.get(name)
+            page, tail = paged.page_shape[0], paged.page_shape[1:]
             group.create_array(
                 name,
                 shape=(writer.num_pages * page, *tail),
-                dtype=np.dtype(array.dtype),
-                chunks=array.page_shape,
-                shards=(page * array.pages_per_shard, *tail),
+                dtype=np.dtype(paged.dtype),
+                chunks=paged.page_shape,
+                shards=(page * paged.pages_per_shard, *tail),
                 fill_value=self._dtype.fill_value if extra is None else extra.fill_value,
-                compressors=array.codec.zarr_codecs(np.dtype(array.dtype).itemsize),
+                compressors=paged.codec.zarr_codecs(np.dtype(paged.dtype).itemsize),
                 attributes={"dtype": self.manifest.dtype if extra is None else extra.dtype},
                 dimension_names=["token", "layer", "head", "dim"] if extra is None else extra.dimension_names,
             )

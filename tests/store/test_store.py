@@ -122,7 +122,7 @@ def test_any_shape_round_trips_and_zarr_agrees(
         np.testing.assert_array_equal(raw, DTYPES[dtype].to_numpy(wanted.keys))
         for name, kind in extras.items():
             rows: Any = slice(start, start + length) if kind.axis == "row" else position
-            np.testing.assert_array_equal(group[name][rows], wanted.extras[name])  # type: ignore[index]
+            np.testing.assert_array_equal(group[name][rows], wanted.extras[name])
     np.testing.assert_array_equal(
         store.values.compute(),
         torch.cat([s.values for s in samples]).to(getattr(torch, dtype)).float().numpy().astype(store.values.dtype),
