@@ -67,8 +67,8 @@ class Signals:
             cuts: where in its row each sample's tokens are.
 
         Returns:
-            For each sample in float32 `importance` `[rationale tokens, l, h]`, left out without a rationale or an answer,
-            and `nll` and `entropies` `[predicted tokens]`.
+            For each sample, in float32: `importance` `[rationale tokens, l, h]`, not there without rationale or answer;
+            `nll` and `entropies` `[predicted tokens]`.
         """
         found: list[dict[str, torch.Tensor]] = [{} for _ in batch]
         if self.importance:

@@ -10,7 +10,7 @@ import difflib
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
@@ -24,6 +24,7 @@ from ..store.files import write_atomic
 from ..train.settings import StudentSettings, TrainSettings
 from .heads import HEAD_MAPS
 from .resample import RESAMPLERS
+from .select import SELECTORS, Selector
 
 DTypeName = Literal["bfloat16", "float16", "float32"]
 
@@ -109,6 +110,50 @@ class ProjectSettings(_Section):
         return _known(name, CODECS)
 
 
+class SelectSettings(_Section):
+    """Slots: the tokens of each sample that are kept, for each layer and KV head its own."""
+
+    tokens: PositiveInt
+    """Slots per sample."""
+    method: str = "r-kv"
+    mix_lambda: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the answer's attention in the score of `r-kv`; the rest is unlikeness to the other tokens."""
+    mix: Literal["sum", "zscore"] = "sum"
+    """`zscore`: standardise both before mixing; as they are, unlikeness hardly varies and attention decides."""
+    keys: Literal["pre-rope", "rotated"] = "pre-rope"
+    """Which keys are compared: as stored, or rotated as in the teacher's cache."""
+    segment: Literal["prompt", "rationale", "answer"] = "rationale"
+    """Whose tokens are chosen from."""
+    geometry: Literal["teacher", "student"] = "teacher"
+    """`student`: project what was chosen."""
+    seed: int = 0
+    """Of `random`."""
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, name: str) -> str:
+        return _known(name, SELECTORS)
+
+    @model_validator(mode="after")
+    def _importance_is_of_the_rationale(self) -> Self:
+        if self.selector.needs_importance and self.segment != "rationale":
+            raise ValueError(f"method {self.method} chooses from the rationale alone: only its importance is captured")
+        return self
+
+    @property
+    def selector(self) -> Selector:
+        """How to choose."""
+        return Selector(self.method, self.tokens, self.mix_lambda, self.mix, self.seed)
+
+    def content(self) -> dict[str, Any]:
+        """The settings that determine what is chosen by this method."""
+        used = {"tokens", "method", "segment", "geometry"}
+        used |= {"mix_lambda", "mix"} if self.method == "r-kv" else set()
+        used |= {"keys"} if self.selector.compares_keys else set()
+        used |= {"seed"} if self.method == "random" else set()
+        return self.model_dump(mode="json", include=used)
+
+
 class Recipe(_Section):
     """A whole run."""
 
@@ -122,6 +167,8 @@ class Recipe(_Section):
     student: StudentSettings
     resample: ResampleSettings = ResampleSettings()
     project: ProjectSettings = ProjectSettings()
+    select: SelectSettings | None = None
+    """Slots as well as targets."""
     train: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}))
 
     @field_validator("teachers")
@@ -145,6 +192,12 @@ class Recipe(_Section):
                     f"teachers.{name}.device: vLLM takes the devices that it sees; leave it at auto and choose them "
                     "with CUDA_VISIBLE_DEVICES"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _captures_what_is_selected_by(self) -> Self:
+        if self.select is not None and self.select.selector.needs_importance and not self.extract.importance:
+            raise ValueError(f"select.method: {self.select.method} needs extract.importance: true")
         return self
 
     def save(self, path: Path) -> None:

@@ -96,6 +96,10 @@ class Run:
         """The targets made from a teacher."""
         return self.root / "targets" / f"{teacher}.zarr"
 
+    def selected_path(self, teacher: str) -> Path:
+        """The slots filled from a teacher's capture."""
+        return self.root / "selected" / f"{teacher}.zarr"
+
     def trained_dir(self, name: str | None = None) -> Path:
         """A trained student."""
         return self.root / "students" / (name or self.recipe.train.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,8 +147,8 @@ class TransformStage(StoreStage):
         return parent
 
     @abstractmethod
-    def prepare(self, parent: KVStore) -> Transform:
-        """What to do to each part, with everything fitted."""
+    def prepare(self, parent: KVStore) -> Callable[[int], int]:
+        """What to do to each part, with everything fitted; see `run_parts`."""
 
 
 class ResampleStage(TransformStage):

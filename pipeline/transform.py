@@ -47,7 +47,7 @@ class Transform:
         if parent.manifest.corpus_digest != corpus.digest:
             raise StageError(f"{self.parent} was made from another corpus than {self.corpus.path} holds now")
         encoder = student_encoder(self.student, self.chat_template)
-        projector = None if self.projector is None else _projector(self.projector, _stamp(self.projector))
+        projector = None if self.projector is None else load_projector(self.projector)
         reader = parent.part(part)
         with out.write_part(part) as writer:
             for position, index in enumerate(parent.manifest.part_samples(part)):
@@ -55,7 +55,7 @@ class Transform:
                 if position in reader.failed:
                     writer.fail(position, record.sample_id, record.split, reader.failed[position])
                     continue
-                source = reader.sample(position)
+                source = reader.sample(position, extras=False)
                 tokens = encoder.encode(record)
                 time = self.time_map(source, tokens)
                 keys, values = transformed(source, time, projector)
@@ -136,6 +136,11 @@ def student_encoder(folder: str, chat_template: bool) -> Encoder:
     """The student's encoder; its samples end with the end-of-sequence token."""
     tokenizer = load_tokenizer(find_model(str(Path(folder).resolve())))
     return Encoder(tokenizer, chat_template=chat_template, add_eos=True)
+
+
+def load_projector(path: str) -> Projector:
+    """The projector at `path`, read again only when it was written again."""
+    return _projector(path, _stamp(path))
 
 
 # A dask worker outlives a run: what it remembers is remembered under the file's time of change too.

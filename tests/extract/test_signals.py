@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures.models import ARCHITECTURES, tiny_model
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kava.errors import UnsupportedModelError
@@ -169,6 +169,7 @@ def test_nothing_is_computed_that_was_not_asked_for() -> None:
     assert captured.extras == {}
 
 
+@settings(deadline=None)
 @given(
     st.tuples(st.integers(1, 6), st.integers(1, 7), st.integers(1, 3), st.integers(1, 3)),
     st.sampled_from([None, 2.0]),
