@@ -30,7 +30,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path])
     """A recipe with signals and slots, run up to the slots; one sample has no answer, one no rationale."""
     root = tmp_path_factory.mktemp("slots")
     recipe: Path = write_recipe(
-        root, tiny_models, extract={"importance": True, "confidence": True}, select=SLOTS, project={"heads": "random"}
+        root, tiny_models, extract={"importance": True, "confidence": True}, select=SLOTS, project={"heads": "pca"}
     )
     records = rows()
     records[2]["answer"], records[11]["rationale"] = "", ""
@@ -143,6 +143,7 @@ def test_slots_in_the_students_geometry_keep_the_teachers_indices(done: Path) ->
             wanted = projector.apply("keys", own.keys)
             wanted[~torch.from_numpy(own.mask)] = 0
             torch.testing.assert_close(made.keys, wanted)
+            assert not made.keys[~torch.from_numpy(made.mask)].any()
         assert projected.verify() == []
         assert "select.geometry: student needs" in kava(
             "run", done, "--only", "select", "-s", "select.geometry=student", "-s", "project.seed=9", code=2
