@@ -26,6 +26,10 @@ EXAMPLES = {
     ],
     "resample": ["kava resample workflows/demo.yaml -s resample.method=linear"],
     "project": ["kava project workflows/demo.yaml", "kava project workflows/demo.yaml --scheduler tcp://head:8786"],
+    "select": [
+        "kava select workflows/demo.yaml -s select.tokens=24 -s select.method=uniform",
+        "kava select workflows/demo.yaml -s extract.importance=true -s select.tokens=24 --scheduler tcp://head:8786",
+    ],
     "train": ["kava train workflows/demo.yaml -s train.name=plain -s train.alpha=0"],
     "status": ["kava status workflows/demo.yaml", "kava status workflows/demo.yaml --json"],
     "inspect": [
@@ -41,6 +45,7 @@ NOTES = {
     "extract": "Goes on at the first missing part. `--retry-failed` drops the parts with failed samples first.",
     "resample": "Optional: `kava project` resamples and projects in one pass. The resampled store is for looking at.",
     "project": "Makes the student and its reference first where they are missing; saves the projector too.",
+    "select": "Reads the teacher stores; with `select.geometry: student` the student and its projector are made first.",
     "train": "Goes on at its last checkpoint where `train.save_steps` is set. The targets must be complete.",
     "inspect": "Finds the run's recipe beside the store to show tokens and text.",
     "verify": "Exit code 1 if anything is damaged.",

@@ -109,4 +109,5 @@ def _sample(record: Record, tokens: Tokens, captured: Captured) -> KVSample:
         spans=tokens.spans,
         segments=tokens.segments,
         mask=np.ones(len(tokens), np.bool_),
+        extras=captured.extras,
     )

@@ -11,6 +11,7 @@ from ..hub import ModelSource, load_model
 from ..store import KVGeometry
 from ..tap import KVTap, decoder, probe_geometry
 from .rope import forget_longest_pass, frequency_class, rope_parameters
+from .signals import Signals
 from .teacher import Captured
 from .tokens import Tokens
 
@@ -24,22 +25,50 @@ class HFTeacher:
     """A loaded model that captures its own pre-RoPE keys and values."""
 
     def __init__(
-        self, model: Any, *, batch_tokens: int = 4096, padding_side: Literal["left", "right"] = "right"
+        self,
+        model: Any,
+        *,
+        batch_tokens: int = 4096,
+        padding_side: Literal["left", "right"] = "right",
+        importance: bool = False,
+        confidence: bool = False,
     ) -> None:
-        """Wraps a model; `batch_tokens` bounds the tokens of one forward pass, padding included."""
+        """Wraps a model.
+
+        Args:
+            model: with its language-model head, if `confidence` is wanted.
+            batch_tokens: tokens of one forward pass at most, padding included.
+            padding_side: of a batch.
+            importance: also capture how much the answer attends to each rationale token.
+            confidence: also capture loss and entropy of the text.
+
+        Raises:
+            UnsupportedModelError: if its architecture is not known, or what it does to its logits.
+        """
+        self.signals = Signals(model, importance, confidence)
         self.model, self.batch_tokens, self.padding_side = model, batch_tokens, padding_side
         self.geometry: KVGeometry = probe_geometry(model)
         self.backend = f"hf {metadata.version('transformers')}"
 
     @classmethod
-    def load(cls, source: ModelSource, *, dtype: str, device: str = "auto", batch_tokens: int = 4096) -> HFTeacher:
-        """Loads the model.
+    def load(
+        cls,
+        source: ModelSource,
+        *,
+        dtype: str,
+        device: str = "auto",
+        batch_tokens: int = 4096,
+        importance: bool = False,
+        confidence: bool = False,
+    ) -> HFTeacher:
+        """Loads the model; arguments as for the class.
 
         Raises:
             ModelNotFoundError: if it cannot be loaded.
             UnsupportedModelError: if its architecture is not known.
         """
-        return cls(load_model(source, dtype=dtype, device=device), batch_tokens=batch_tokens)
+        model = load_model(source, dtype=dtype, device=device)
+        return cls(model, batch_tokens=batch_tokens, importance=importance, confidence=confidence)
 
     @property
     def max_tokens(self) -> int:
@@ -51,8 +80,8 @@ class HFTeacher:
     def capture(self, samples: Sequence[Tokens]) -> Iterator[Captured]:
         """Pre-RoPE keys and values of each sample, in the model's dtype, by batches of like length.
 
-        The language-model head is not run. Padding is masked and not returned. A batch is handed over while the
-        device is at work on the next.
+        The language-model head is not run but for `confidence`. Padding is masked and not returned. A batch is handed
+        over while the device is at work on the next.
         """
         before: Callable[[], list[Captured]] = list
         kinds = [frequency_class(self.model.config, int(tokens.positions.max()) + 1) for tokens in samples]
@@ -110,7 +139,7 @@ class HFTeacher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        del self.model
+        del self.model, self.signals
 
     def _launch(self, indices: list[int], batch: list[Tokens]) -> Callable[[], list[Captured]]:
         """Starts a forward pass and the copies of its keys and values; the result waits for them."""
@@ -126,22 +155,29 @@ class HFTeacher:
             ids[row, rows[row]] = torch.from_numpy(tokens.input_ids).to(torch.int64)
             positions[row, rows[row]] = torch.from_numpy(tokens.positions).to(torch.int64)
             mask[row, rows[row]] = 1
-        with torch.inference_mode(), KVTap(self.model) as tap:
+        with torch.inference_mode(), KVTap(self.model, queries=self.signals.importance) as tap:
             forget_longest_pass(self.model)
-            decoder(self.model)(
+            hidden = decoder(self.model)(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 position_ids=positions.to(device),
                 use_cache=False,
-            )
+            ).last_hidden_state
             keys, values = (_to_host(tensor) for tensor in tap.stack())
+            computed = self.signals.compute(tap, hidden, batch, rows)
+            signals = [{name: _to_host(tensor) for name, tensor in found.items()} for found in computed]
         copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
         def result() -> list[Captured]:
             if copied is not None:
                 copied.synchronize()
             return [
-                Captured(index, keys[row, cut].clone(), values[row, cut].clone())
+                Captured(
+                    index,
+                    keys[row, cut].clone(),
+                    values[row, cut].clone(),
+                    self.signals.extras(batch[row], signals[row], self.geometry),
+                )
                 for index, (row, cut) in zip(indices, enumerate(rows), strict=True)
             ]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import numpy as np
 
 from ..store import KVGeometry
 from .tokens import Tokens
@@ -24,6 +26,8 @@ class Captured:
     """`[t, l, h, d]`, before rotary embedding, without padding."""
     values: torch.Tensor
     """`[t, l, h, d]`."""
+    extras: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    """Signals of the forward pass, as the store's manifest declares them."""
 
 
 class Teacher(Protocol):

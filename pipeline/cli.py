@@ -45,7 +45,7 @@ Scheduler = Annotated[
     ),
 ]
 OnlyTeacher = Annotated[str | None, typer.Option("--teacher", help="Only this teacher of the recipe.")]
-STAGES = ("generate", "student", "extract", "reference", "resample", "project", "train")
+STAGES = ("generate", "student", "extract", "reference", "resample", "project", "select", "train")
 
 
 @app.command()
@@ -79,7 +79,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     scheduler: Scheduler = None,
 ) -> None:
-    """Run what is missing or out of date: generate, student, extract, reference, resample, project, train."""
+    """Run what is missing or out of date: generate, student, extract, reference, resample, project, select, train."""
     loaded = _load(recipe, overrides)
     chosen = _choose(first, until, only)
     for name in force or []:
@@ -155,6 +155,22 @@ def project(
     loaded = _load(recipe, overrides)
     stages = ["student", "reference", *(["resample"] if loaded.recipe.resample.materialize else []), "project"]
     _run(loaded, stages, frozenset({"project"} if force else ()), scheduler, teacher)
+
+
+@app.command()
+def select(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    teacher: OnlyTeacher = None,
+    force: Force = False,
+    scheduler: Scheduler = None,
+) -> None:
+    """Fill slots: the tokens of each sample that matter most, for each layer and KV head its own."""
+    loaded = _load(recipe, overrides)
+    if loaded.recipe.select is None:
+        raise RecipeError(f"{recipe} has no select section; add one, or say -s select.tokens=24")
+    before = ["student", "reference", "resample", "project"] if loaded.recipe.select.geometry == "student" else []
+    _run(loaded, [*before, "select"], frozenset({"select"} if force else ()), scheduler, teacher)
 
 
 @app.command()
@@ -303,6 +319,9 @@ def _run(
     if teacher is not None:
         loaded.teacher(teacher)
     stages = [s for s in stages_of(loaded) if s.name in names and (teacher is None or s.teacher in (None, teacher))]
+
+    if not stages:
+        raise RecipeError(f"this recipe asks for no stage {', '.join(names)}; docs/recipe.md says which section does")
 
     def say(label: str, line: str) -> None:
         out.print(f"{label + ':':<18} {line}", markup=False)

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ..errors import StoreError
+from ..extract.signals import CONFIDENCE
 from ..store import KVSample, KVStore, Segment, Split
 from .align import print_alignment
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from .run import Run
 
 
@@ -64,6 +64,24 @@ def _facts(store: KVStore) -> dict[str, Any]:
         "bytes_per_token": store.geometry.bytes_per_token(store.dtype.itemsize),
         "bytes_on_disk": disk,
         "disk_to_raw": round(disk / raw, 3) if raw else None,
+        "extras": {name: [kind.axis, kind.dtype, *kind.shape] for name, kind in store.manifest.extras.items()},
+        "confidence": _confidence(store),
+    }
+
+
+def _confidence(store: KVStore) -> dict[str, float] | None:
+    """Loss and entropy over all predicted tokens of a capture that has them, in nats."""
+    if not {*CONFIDENCE} <= store.manifest.extras.keys():
+        return None
+    nats, tokens, size, entropy = (store.per_sample(name) for name in CONFIDENCE)
+    count, total = np.nansum(tokens), np.nansum(nats)
+    if not count:
+        return None
+    return {
+        "nats_per_byte": round(float(total / np.nansum(size)), 4),
+        "nats_per_token": round(float(total / count), 4),
+        "entropy_per_token": round(float(np.nansum(entropy * tokens) / count), 4),
+        "predicted_tokens": int(count),
     }
 
 
@@ -93,6 +111,13 @@ def _print_store(store: KVStore, facts: dict[str, Any], out: Console) -> None:
         )
         or "not resampled",
         "size": f"{disk:.1f} MB, {facts['disk_to_raw']} of {facts['bytes_per_token']:,} B/token raw",
+        "arrays": ", ".join(f"{n} ({dtype} per {axis})" for n, (axis, dtype, *_) in facts["extras"].items())
+        or "keys and values alone",
+        "confidence": "not captured"
+        if facts["confidence"] is None
+        else "{nats_per_byte} nats per byte, {nats_per_token} per token; mean entropy {entropy_per_token}".format(
+            **facts["confidence"]
+        ),
         "made with": ", ".join(f"{name} {version}" for name, version in m.versions.items()),
         "parameters": json.dumps(m.parameters) if m.parameters else "none",
         "parents": ", ".join(f"{name} {fingerprint}" for name, fingerprint in m.parents.items()) or "none",
@@ -122,10 +147,13 @@ def _print_sample(store: KVStore, index: int, run: Run | None, out: Console) -> 
     text, tokenizer = _text_and_tokenizer(store, sample, run)
     out.print(f"sample {index}, id {sample.sample_id}, {sample.split.name.lower()}, {len(sample)} tokens", markup=False)
     keys, values = (t.float().flatten(2).norm(dim=-1).mean(1).tolist() for t in (sample.keys, sample.values))
-    table = Table("row", "id", "token", "span", "text", "segment", "target", "|k|", "|v|", box=None, pad_edge=False)
+    more = _columns(sample)
+    columns = ("row", "id", "token", "span", "text", "segment", "target", "|k|", "|v|", *more)
+    table = Table(*columns, box=None, pad_edge=False)
     for row in range(len(sample)):
         start, stop = sample.spans[row].tolist()
-        token = "" if tokenizer is None else repr(tokenizer.convert_ids_to_tokens(int(sample.input_ids[row])))
+        number = int(sample.input_ids[row])
+        token = "" if tokenizer is None or number < 0 else repr(tokenizer.convert_ids_to_tokens(number))
         table.add_row(
             str(row),
             str(sample.input_ids[row]),
@@ -136,8 +164,23 @@ def _print_sample(store: KVStore, index: int, run: Run | None, out: Console) -> 
             "yes" if sample.mask[row] else "no",
             f"{keys[row]:.2f}",
             f"{values[row]:.2f}",
+            *(column[row] for column in more.values()),
         )
-    out.print(table)
+    wide = out if out.is_terminal else Console(width=400, highlight=False)  # In a file or a pipe nothing is cut.
+    wide.print(table)
+
+
+def _columns(sample: KVSample) -> dict[str, list[str]]:
+    """What extra arrays of rows say, over all layers and heads."""
+    found: dict[str, list[str]] = {}
+    if "importance" in sample.extras:
+        means = sample.extras["importance"].mean((1, 2)).tolist()
+        found["importance"] = ["" if np.isnan(mean) else f"{mean:.4f}" for mean in means]
+    if "indices" in sample.extras:
+        flat = sample.extras["indices"].reshape(len(sample), -1)
+        ends = zip(flat.min(1).tolist(), flat.max(1).tolist(), strict=True)
+        found["tokens"] = ["" if first < 0 else f"{first}..{final}" for first, final in ends]
+    return found
 
 
 def _find(store: KVStore, sample: str) -> int:

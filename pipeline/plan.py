@@ -103,6 +103,14 @@ def _print_maps(run: Run, name: str, teacher: KVGeometry, student: KVGeometry, o
         itemsize = dtype_of(dtype).itemsize
         raw, page = geometry.bytes_per_token(itemsize), default_page_tokens(geometry, itemsize)
         out.print(f"  {label:<17} {raw:,} bytes per token ({dtype}, raw), pages of {page} tokens")
+    if (select := recipe.select) is not None:
+        kept, dtype = (
+            (teacher, recipe.extract.dtype) if select.geometry == "teacher" else (student, recipe.project.dtype)
+        )
+        raw = select.tokens * kept.bytes_per_token(dtype_of(dtype).itemsize)
+        out.print(
+            f"  slots             {select.tokens} of the {select.segment} by {select.method}, {raw:,} bytes per sample"
+        )
     out.print()
 
 

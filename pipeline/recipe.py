@@ -10,7 +10,7 @@ import difflib
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
@@ -24,6 +24,7 @@ from ..store.files import write_atomic
 from ..train.settings import StudentSettings, TrainSettings
 from .heads import HEAD_MAPS
 from .resample import RESAMPLERS
+from .select import SELECTORS, Selector
 
 DTypeName = Literal["bfloat16", "float16", "float32"]
 
@@ -60,6 +61,10 @@ class ExtractSettings(CaptureSettings):
     codec: str = "blosc-zstd"
     keep: Literal["capture", "target"] = "capture"
     """`target`: only the parts that maps are fitted on are kept as captured; of the others only targets are written."""
+    importance: bool = False
+    """Also capture how much the answer attends to each rationale token, per layer and KV head. Part of the content."""
+    confidence: bool = False
+    """Also capture each sample's loss and mean entropy under the teacher. Part of the content."""
     generate: GenerateSettings | None = None
     """Let a teacher write the rationales first."""
 
@@ -109,6 +114,50 @@ class ProjectSettings(_Section):
         return _known(name, CODECS)
 
 
+class SelectSettings(_Section):
+    """Slots: the tokens of each sample that are kept, for each layer and KV head its own."""
+
+    tokens: PositiveInt
+    """Slots per sample."""
+    method: str = "r-kv"
+    mix_lambda: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the answer's attention in the score of `r-kv`; the rest is unlikeness to the other tokens."""
+    mix: Literal["sum", "zscore"] = "sum"
+    """`zscore`: standardise both before mixing; as they are, unlikeness hardly varies and attention decides."""
+    keys: Literal["pre-rope", "rotated"] = "pre-rope"
+    """Which keys are compared: as stored, or rotated as in the teacher's cache."""
+    segment: Literal["prompt", "rationale", "answer"] = "rationale"
+    """Whose tokens are chosen from."""
+    geometry: Literal["teacher", "student"] = "teacher"
+    """`student`: project what was chosen."""
+    seed: int = 0
+    """Of `random`."""
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, name: str) -> str:
+        return _known(name, SELECTORS)
+
+    @model_validator(mode="after")
+    def _importance_is_of_the_rationale(self) -> Self:
+        if self.selector.needs_importance and self.segment != "rationale":
+            raise ValueError(f"method {self.method} chooses from the rationale alone: only its importance is captured")
+        return self
+
+    @property
+    def selector(self) -> Selector:
+        """How to choose."""
+        return Selector(self.method, self.tokens, self.mix_lambda, self.mix, self.seed)
+
+    def content(self) -> dict[str, Any]:
+        """The settings that determine what is chosen by this method."""
+        used = {"tokens", "method", "segment", "geometry"}
+        used |= {"mix_lambda", "mix"} if self.method == "r-kv" else set()
+        used |= {"keys"} if self.selector.compares_keys else set()
+        used |= {"seed"} if self.method == "random" else set()
+        return self.model_dump(mode="json", include=used)
+
+
 class Recipe(_Section):
     """A whole run."""
 
@@ -122,6 +171,8 @@ class Recipe(_Section):
     student: StudentSettings
     resample: ResampleSettings = ResampleSettings()
     project: ProjectSettings = ProjectSettings()
+    select: SelectSettings | None = None
+    """Slots as well as targets."""
     train: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}))
 
     @field_validator("teachers")
@@ -134,12 +185,21 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _keeps_what_is_needed(self) -> Self:
-        if self.extract.keep == "target" and self.resample.materialize:
-            raise ValueError("resample.materialize needs the whole capture; set extract.keep: capture")
+        if self.extract.keep == "target":
+            for key, asked in {
+                "resample.materialize": self.resample.materialize,
+                "select": self.select is not None,
+                "extract.importance": self.extract.importance,
+            }.items():
+                if asked:
+                    raise ValueError(f"{key} needs the whole capture; set extract.keep: capture")
         return self
 
     @model_validator(mode="after")
     def _fits_the_backend(self) -> Self:
+        for signal in ("importance", "confidence"):
+            if self.extract.backend == "vllm" and getattr(self.extract, signal):
+                raise ValueError(f"extract.{signal} needs extract.backend: hf; under vLLM it is not captured")
         for name, teacher in self.teachers.items():
             if self.extract.backend == "hf" and teacher.engine.quantization is not None:
                 raise ValueError(f"teachers.{name}.engine.quantization needs extract.backend: vllm")
@@ -148,6 +208,12 @@ class Recipe(_Section):
                     f"teachers.{name}.device: vLLM takes the devices that it sees; leave it at auto and choose them "
                     "with CUDA_VISIBLE_DEVICES"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _captures_what_is_selected_by(self) -> Self:
+        if self.select is not None and self.select.selector.needs_importance and not self.extract.importance:
+            raise ValueError(f"select.method: {self.select.method} needs extract.importance: true")
         return self
 
     def save(self, path: Path) -> None:

@@ -16,6 +16,7 @@ from ..errors import AlignmentError, StageError
 from ..extract import Corpus, CorpusSettings, Encoder, load_corpus
 from ..extract.corpus import HeldoutSettings
 from ..extract.generate import GenerateSettings
+from ..extract.signals import signal_arrays
 from ..hub import (
     ModelSource,
     chat_template_digest,
@@ -33,6 +34,7 @@ from ..store.manifest import default_page_tokens
 from .heads import HEAD_MAPS
 from .layers import LayerMap, layer_map
 from .recipe import Recipe, TeacherSettings
+from .transform import inherited_extras
 
 PART_BYTES: Final = 1 << 30
 """Raw bytes of keys and values in one part, at most, as far as the text's length tells."""
@@ -96,6 +98,10 @@ class Run:
     def target_path(self, teacher: str) -> Path:
         """The targets made from a teacher."""
         return self.root / "targets" / f"{teacher}.zarr"
+
+    def selected_path(self, teacher: str) -> Path:
+        """The slots filled from a teacher's capture."""
+        return self.root / "selected" / f"{teacher}.zarr"
 
     def trained_dir(self, name: str | None = None) -> Path:
         """A trained student."""
@@ -304,15 +310,17 @@ class Run:
 
     def teacher_manifest(self, name: str) -> Manifest:
         """The manifest of a teacher's capture."""
-        settings, source = self.teacher(name), self.teacher_source(name)
+        settings, source, extract = self.teacher(name), self.teacher_source(name), self.recipe.extract
         tokenizer = load_tokenizer(source)
         quantization = settings.engine.quantization
+        geometry = self.teacher_geometry(name)
         return self._manifest(
             kind="capture",
             parameters={"quantization": quantization} if quantization else {},
-            geometry=self.teacher_geometry(name),
-            dtype=self.recipe.extract.dtype,
-            codec=self.recipe.extract.codec,
+            geometry=geometry,
+            dtype=extract.dtype,
+            codec=extract.codec,
+            extras=signal_arrays(geometry, importance=extract.importance, confidence=extract.confidence),
             model=self.teacher_identity(name),
             tokenizer_digest=tokenizer_digest(tokenizer),
             chat_template_digest=chat_template_digest(tokenizer) if settings.chat_template else None,
@@ -351,6 +359,7 @@ class Run:
             model=parent.model,
             samples_per_part=parent.samples_per_part,
             parameters={"resample": self.resampling},
+            extras=inherited_extras(parent),
             parents={"teacher": parent.fingerprint},
         )
 
@@ -374,6 +383,7 @@ class Run:
             model=parent.model,
             samples_per_part=parent.samples_per_part,
             parameters={"resample": self.resampling, "project": fit},
+            extras=inherited_extras(parent),
             parents=parents,
         )
 

@@ -1,7 +1,7 @@
 """All stages of a run, in order, and making them.
 
     [generate] ─┬─> student ─┬─> reference ─┐
-                └─> extract ─┴──────────────┴─> [resample] ─> project ─> train
+                └─> extract ─┴──────────────┴─> [resample] ─> project ─> [select] ─> train
 
 A stage is done when its output says of itself what the recipe asks for. One whose recipe or inputs changed is stale;
 cheap stages are then made again, costly ones (a capture, a training) only with `--force`.
@@ -21,6 +21,7 @@ from ..store import Split
 from ..store.files import write_atomic
 from .generate_stage import GenerateStage
 from .run import RECORD, Run, read_record
+from .select_stage import SelectStage
 from .stage import Stage, Status
 from .store_stages import ExtractStage, ProjectStage, ReferenceStage, ResampleStage
 
@@ -111,6 +112,8 @@ def stages_of(run: Run) -> list[Stage]:
     if run.recipe.resample.materialize:
         stages += [ResampleStage(run, teacher) for teacher in teachers]
     stages += [ProjectStage(run, teacher) for teacher in teachers]
+    if run.recipe.select is not None:
+        stages += [SelectStage(run, teacher) for teacher in teachers]
     return [*stages, TrainStage(run)]
 
 

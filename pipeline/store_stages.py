@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,8 +159,8 @@ class TransformStage(StoreStage):
         return list(range(parent.num_parts))
 
     @abstractmethod
-    def prepare(self, parent: KVStore) -> Transform:
-        """What to do to each part, with everything fitted."""
+    def prepare(self, parent: KVStore) -> Callable[[int], int]:
+        """What to do to each part, with everything fitted; see `run_parts`."""
 
 
 class ResampleStage(TransformStage):
@@ -281,8 +282,14 @@ def _open(run: Run, name: str, *, decoding: bool) -> HFTeacher | VLLMTeacher:
         )
     from ..extract.hf import HFTeacher
 
-    batch_tokens = recipe.extract.batch_tokens
-    return HFTeacher.load(source, dtype=settings.dtype, device=settings.device, batch_tokens=batch_tokens)
+    return HFTeacher.load(
+        source,
+        dtype=settings.dtype,
+        device=settings.device,
+        batch_tokens=recipe.extract.batch_tokens,
+        importance=recipe.extract.importance and not decoding,
+        confidence=recipe.extract.confidence and not decoding,
+    )
 
 
 def _capture(

@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import PartExistsError, StageError
 from ..extract import Corpus, CorpusSettings, Encoder, load_corpus
 from ..hub import find_model, load_tokenizer
-from ..store import Derive, KVSample, KVStore, Manifest, Split
+from ..store import Derive, ExtraArray, KVSample, KVStore, Manifest, Split
 from .project import Pair, Projector
 from .resample import TimeMap, coverage, identity_map, time_map
 
@@ -54,7 +54,7 @@ class Transform:
                     split = Split(int(reader.splits[position]))
                     writer.fail(position, reader.ids[position], split, reader.failed[position])
                     continue
-                made, met = derive(reader.sample(position))
+                made, met = derive(reader.sample(position, extras=False))
                 writer.append(position, made, coverage=met)
             with suppress(PartExistsError):  # Given out twice, after a worker was taken for dead: the same bits.
                 writer.commit({"parent": reader.digest})
@@ -70,7 +70,8 @@ class Transform:
         if parent.corpus_digest != corpus.digest:
             raise StageError(f"{self.parent} was made from another corpus than {self.corpus.path} holds now")
         encoder = student_encoder(self.student, self.chat_template)
-        projector = None if self.projector is None else _projector(self.projector, _stamp(self.projector))
+        projector = None if self.projector is None else load_projector(self.projector)
+        signals = inherited_extras(parent)
         records = {record.sample_id: record for record in corpus.records}
 
         def derived(source: KVSample) -> tuple[KVSample, np.ndarray[Any, Any]]:
@@ -87,6 +88,7 @@ class Transform:
                 spans=tokens.spans,
                 segments=tokens.segments,
                 mask=time.mask,
+                extras={name: source.extras[name] for name in signals},
             )
             return made, coverage(time, source, tokens)
 
@@ -101,6 +103,11 @@ class Transform:
                 f"{self.parent}: sample {source.sample_id!r} is not on this student's tokens; resample it again"
             )
         return identity_map(len(tokens), source.mask)
+
+
+def inherited_extras(parent: Manifest) -> dict[str, ExtraArray]:
+    """What a derived store takes over: what is known of whole samples, whatever their tokens."""
+    return {name: kind for name, kind in parent.extras.items() if kind.axis == "sample"}
 
 
 def transformed(source: KVSample, time: TimeMap, projector: Projector | None) -> Pair:
@@ -152,6 +159,11 @@ def student_encoder(folder: str, chat_template: bool) -> Encoder:
     """The student's encoder; its samples end with the end-of-sequence token."""
     tokenizer = load_tokenizer(find_model(str(Path(folder).resolve())))
     return Encoder(tokenizer, chat_template=chat_template, add_eos=True)
+
+
+def load_projector(path: str) -> Projector:
+    """The projector at `path`, read again only when it was written again."""
+    return _projector(path, _stamp(path))
 
 
 # A dask worker outlives a run: what it remembers is remembered under the file's time of change too.

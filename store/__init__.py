@@ -7,6 +7,7 @@ See `docs/store-format.md`.
 
 from .codec import CODECS, Codec
 from .dtypes import DTYPES, DType
+from .extras import ExtraArray
 from .fingerprint import cache_folder, digest_file, digest_json
 from .geometry import KVGeometry
 from .manifest import FORMAT_VERSION, Manifest, ModelIdentity, default_page_tokens
@@ -27,6 +28,7 @@ __all__ = [
     "DType",
     "Damage",
     "Derive",
+    "ExtraArray",
     "KVBatch",
     "KVGeometry",
     "KVSample",

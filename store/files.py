@@ -65,3 +65,23 @@ def write_atomic(path: Path, data: bytes) -> None:
         finally:
             temporary.unlink(missing_ok=True)
         fsync(path.parent)
+
+
+def file_table(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and CRC-32C of every file below `folder`, but for its own `zarr.json`."""
+    table = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "zarr.json"):
+        checksum = file_crc32c(path)
+        table[path.relative_to(folder).as_posix()] = (path.stat().st_size, checksum)
+    return table
+
+
+def file_crc32c(path: Path) -> int:
+    """CRC-32C of a file's bytes, read in blocks."""
+    import google_crc32c
+
+    checksum = google_crc32c.Checksum()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            checksum.update(block)
+    return int.from_bytes(checksum.digest(), "big")

@@ -9,9 +9,19 @@ from __future__ import annotations
 from importlib import metadata
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, computed_field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    computed_field,
+    field_validator,
+)
 
 from ..errors import StoreError
+from .extras import ExtraArray, check_names
 from .fingerprint import digest_json
 from .geometry import KVGeometry
 
@@ -44,8 +54,9 @@ class Manifest(_Strict):
     """The manifest of a store, format version 1."""
 
     format_version: Literal[1] = FORMAT_VERSION
-    kind: Literal["capture", "resampled", "target"]
-    """`capture`: as computed; `resampled`: on the student's tokens; `target`: in the student's geometry too."""
+    kind: Literal["capture", "resampled", "target", "selected"]
+    """`capture`: as computed; `resampled`: on the student's tokens; `target`: in the student's geometry too;
+    `selected`: the same number of slots for every sample, each filled from a token of its own per layer and head."""
     geometry: KVGeometry
     dtype: Literal["bfloat16", "float16", "float32"]
     codec: str
@@ -62,8 +73,16 @@ class Manifest(_Strict):
     """The parameters of the stage that made this store."""
     parents: dict[str, str] = Field(default_factory=dict)
     """Fingerprints of what this store was made from."""
+    extras: dict[str, ExtraArray] = Field(default_factory=dict)
+    """Further arrays that every part holds, by name."""
     versions: dict[str, str] = Field(default_factory=lambda: library_versions())
     """Library versions of the writer: provenance, not content."""
+
+    @field_validator("extras")
+    @classmethod
+    def _plain_names(cls, extras: dict[str, ExtraArray]) -> dict[str, ExtraArray]:
+        check_names(extras)
+        return extras
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -22,7 +22,8 @@ import numpy as np
 from ..errors import DamagedStoreError, PartExistsError, SampleFailedError, StoreError, StoreNotFoundError
 from .codec import codec_of
 from .dtypes import dtype_of
-from .files import disk_errors, fsync, fsync_tree
+from .extras import checked_extras
+from .files import disk_errors, file_table, fsync, fsync_tree
 from .fingerprint import digest_json
 from .manifest import Manifest
 from .sample import KVSample, Split
@@ -37,10 +38,15 @@ def part_name(index: int) -> str:
     return f"{index:05d}"
 
 
-def paged_array(manifest: Manifest, folder: Path) -> PagedArray:
-    """The layout of the `keys` or `values` array of a part."""
-    dtype = dtype_of(manifest.dtype)
-    return PagedArray(folder, (manifest.page_tokens, *manifest.geometry.shape), dtype.numpy, codec_of(manifest.codec))
+def paged_arrays(manifest: Manifest, folder: Path) -> dict[str, PagedArray]:
+    """The layout of the arrays of a part that lie in pages: `keys`, `values` and the extra arrays of rows."""
+    kv = (manifest.geometry.shape, dtype_of(manifest.dtype).numpy)
+    extras = {name: (kind.shape, kind.numpy) for name, kind in manifest.extras.items() if kind.axis == "row"}
+    codec, page = codec_of(manifest.codec), manifest.page_tokens
+    return {
+        name: PagedArray(folder / name, (page, *shape), dtype, codec)
+        for name, (shape, dtype) in (dict.fromkeys(_KV, kv) | extras).items()
+    }
 
 
 class PartWriter:
@@ -54,12 +60,17 @@ class PartWriter:
         self.samples = manifest.part_samples(index)
         self._dtype = dtype_of(manifest.dtype)
         self._folder = root / "parts" / f".tmp-{part_name(index)}-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._pages = {name: PageWriter(paged_array(manifest, self._folder / name)) for name in _KV}
+        self._pages = {name: PageWriter(array) for name, array in paged_arrays(manifest, self._folder).items()}
         self._rows: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in _ROW_ARRAYS}
         self._start = np.zeros(len(self.samples), np.int64)
         self._length = np.full(len(self.samples), -1, np.int32)
         self._split = np.zeros(len(self.samples), np.uint8)
         self._ids: list[str] = [""] * len(self.samples)
+        self._per_sample = {
+            name: np.full((len(self.samples), *kind.shape), kind.fill_value, kind.numpy)
+            for name, kind in manifest.extras.items()
+            if kind.axis == "sample"
+        }
         self._failed: dict[str, str] = {}
         layers = manifest.geometry.num_layers
         self._sums = {name: np.zeros((2, layers)) for name in _KV}
@@ -86,7 +97,7 @@ class PartWriter:
                 a token of the parent ends.
 
         Raises:
-            StoreError: if shapes differ from the manifest, or the position is foreign or taken.
+            StoreError: if shapes or extra arrays differ from the manifest, or the position is foreign or taken.
         """
         self._claim(position, sample.sample_id, sample.split)
         tokens = len(sample)
@@ -98,6 +109,7 @@ class PartWriter:
                 shape = None if tensor is None else tuple(tensor.shape)
                 raise StoreError(f"sample {sample.sample_id!r}: {name} have shape {shape}, the store holds {expected}")
             raw[name] = self._dtype.to_numpy(tensor)
+        extras = checked_extras(sample, self.manifest.extras)
         sums = {name: _layer_sums(self._dtype.to_float32(raw[name]), sample.mask) for name in _KV}
         for name in _KV:
             if bad := np.flatnonzero(~np.isfinite(sums[name][2])).tolist():
@@ -106,11 +118,15 @@ class PartWriter:
         page = self.manifest.page_tokens
         with disk_errors(self.root):
             self._start[position] = self._pages["keys"].num_pages * page
-            for name in _KV:
+            for name, writer in self._pages.items():
+                rows = raw[name] if name in raw else extras[name]
+                fill = 0 if name in raw else self.manifest.extras[name].fill_value
                 for first in range(0, tokens, page):
-                    self._pages[name].write(_padded(raw[name][first : first + page], page))
+                    writer.write(_padded(rows[first : first + page], page, fill))
         for name, dtype in _ROW_ARRAYS.items():
             self._rows[name].append(_padded(getattr(sample, name).astype(dtype), -(-tokens // page) * page))
+        for name, array in self._per_sample.items():
+            array[position] = extras[name]
         self._length[position] = tokens
         self._tokens += int(sample.mask.sum())
         for name in _KV:
@@ -148,7 +164,7 @@ class PartWriter:
                 "written_by": written_by,
                 "statistics": self._statistics(),
                 "coverage": None if self._coverage is None else self._coverage.tolist(),
-                "files": _file_table(self._folder),
+                "files": file_table(self._folder),
             }
             attributes["digest"] = digest_json(attributes)
             header = {"zarr_format": 3, "node_type": "group", "attributes": {"kava_part": attributes}}
@@ -191,26 +207,28 @@ class PartWriter:
         group = zarr.open_group(self._folder, mode="a", zarr_format=3)
         for name, writer in self._pages.items():
             writer.close()
-            array = writer.array
-            page, tail = array.page_shape[0], array.page_shape[1:]
+            paged, extra = writer.array, self.manifest.extras.get(name)
+            page, tail = paged.page_shape[0], paged.page_shape[1:]
             group.create_array(
                 name,
                 shape=(writer.num_pages * page, *tail),
-                dtype=np.dtype(self._dtype.numpy),
-                chunks=array.page_shape,
-                shards=(page * array.pages_per_shard, *tail),
-                fill_value=self._dtype.fill_value,
-                compressors=array.codec.zarr_codecs(self._dtype.itemsize),
-                attributes={"dtype": self.manifest.dtype},
-                dimension_names=["token", "layer", "head", "dim"],
+                dtype=np.dtype(paged.dtype),
+                chunks=paged.page_shape,
+                shards=(page * paged.pages_per_shard, *tail),
+                fill_value=self._dtype.fill_value if extra is None else extra.fill_value,
+                compressors=paged.codec.zarr_codecs(np.dtype(paged.dtype).itemsize),
+                attributes={"dtype": self.manifest.dtype if extra is None else extra.dtype},
+                dimension_names=["token", "layer", "head", "dim"] if extra is None else extra.dimension_names,
             )
         for name, dtype in _ROW_ARRAYS.items():
             shape = (0, 2) if name == "spans" else (0,)
-            _small_array(group, name, np.concatenate([np.zeros(shape, dtype), *self._rows[name]]), "token")
+            _small_array(group, name, np.concatenate([np.zeros(shape, dtype), *self._rows[name]]), "token", "edge")
         _small_array(group, "start", self._start, "sample")
         _small_array(group, "length", self._length, "sample")
         _small_array(group, "split", self._split, "sample")
         _small_array(group, "sample_id", np.array(self._ids, dtype=object), "sample")
+        for name, array in self._per_sample.items():
+            _small_array(group, name, array, *self.manifest.extras[name].dimension_names)
 
 
 class PartReader:
@@ -229,7 +247,7 @@ class PartReader:
                 raise DamagedStoreError(f"{self.path}: the file {name} has {found} bytes, expected {size}")
         self._dtype = dtype_of(manifest.dtype)
         pages = self.attributes["num_rows"] // manifest.page_tokens
-        self.pages = {name: PageReader(paged_array(manifest, self.path / name), pages) for name in _KV}
+        self.pages = {name: PageReader(array, pages) for name, array in paged_arrays(manifest, self.path).items()}
 
     def __len__(self) -> int:
         return len(self.manifest.part_samples(self.index))
@@ -295,8 +313,13 @@ class PartReader:
         """The per-token arrays of the whole part."""
         return {name: self._array(name) for name in _ROW_ARRAYS}
 
-    def sample(self, position: int, *, keys: bool = True, values: bool = True) -> KVSample:
-        """One sample; keys and values are read and decoded only if asked for.
+    @cached_property
+    def per_sample(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The extra arrays of samples, of the whole part."""
+        return {name: self._array(name) for name, kind in self.manifest.extras.items() if kind.axis == "sample"}
+
+    def sample(self, position: int, *, keys: bool = True, values: bool = True, extras: bool = True) -> KVSample:
+        """One sample; keys, values and extra arrays of rows are read and decoded only if asked for.
 
         Raises:
             SampleFailedError: if it was recorded as failed.
@@ -315,14 +338,22 @@ class PartReader:
             split=Split(int(self.splits[position])),
             keys=None if kv["keys"] is None else self._dtype.to_torch(kv["keys"]),
             values=None if kv["values"] is None else self._dtype.to_torch(kv["values"]),
+            extras=self._extras(position, rows=extras),
             **rows,
         )
 
     def read(self, name: str, position: int) -> np.ndarray[Any, Any]:
-        """`keys` or `values` of one sample as the on-disk array `[t, l, h, d]`."""
+        """`keys` or `values` of one sample as the on-disk array `[t, l, h, d]`, or an extra array of its rows."""
         page = self.manifest.page_tokens
         start, length = int(self.starts[position]), int(self.lengths[position])
         return self.pages[name].read(start // page, -(-length // page))[:length]
+
+    def _extras(self, position: int, *, rows: bool) -> dict[str, np.ndarray[Any, Any]]:
+        return {
+            name: self.read(name, position) if name in self.pages else np.asarray(self.per_sample[name][position])
+            for name in self.manifest.extras
+            if rows or name not in self.pages
+        }
 
     def _array(self, name: str) -> np.ndarray[Any, Any]:
         import zarr
@@ -384,15 +415,15 @@ def _layer_sums(array: np.ndarray[Any, Any], mask: np.ndarray[Any, Any]) -> np.n
     return np.concatenate([rows[:, mask].sum(1, dtype=np.float64), rows[:1].sum(1, dtype=np.float64)])
 
 
-def _padded(array: np.ndarray[Any, Any], rows: int) -> np.ndarray[Any, Any]:
+def _padded(array: np.ndarray[Any, Any], rows: int, fill: float = 0) -> np.ndarray[Any, Any]:
     if len(array) == rows:
         return np.ascontiguousarray(array)
-    out = np.zeros((rows, *array.shape[1:]), array.dtype)
+    out = np.full((rows, *array.shape[1:]), fill, array.dtype)
     out[: len(array)] = array
     return out
 
 
-def _small_array(group: Any, name: str, data: np.ndarray[Any, Any], axis: str) -> None:
+def _small_array(group: Any, name: str, data: np.ndarray[Any, Any], *axes: str) -> None:
     from zarr.codecs import Crc32cCodec, ZstdCodec
 
     dtype = "str" if data.dtype == object else data.dtype
@@ -403,27 +434,8 @@ def _small_array(group: Any, name: str, data: np.ndarray[Any, Any], axis: str) -
         dtype=dtype,
         chunks=chunks,
         compressors=[ZstdCodec(level=1), Crc32cCodec()],
-        dimension_names=[axis, "edge"][: data.ndim],
+        dimension_names=axes[: data.ndim],
         config={"write_empty_chunks": True},  # An absent chunk reads as zeros; here absent always means damaged.
     )
     if math.prod(data.shape):
         array[...] = data
-
-
-def _file_table(folder: Path) -> dict[str, tuple[int, int]]:
-    table = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "zarr.json"):
-        checksum = file_crc32c(path)
-        table[path.relative_to(folder).as_posix()] = (path.stat().st_size, checksum)
-    return table
-
-
-def file_crc32c(path: Path) -> int:
-    """CRC-32C of a file's bytes, read in blocks."""
-    import google_crc32c
-
-    checksum = google_crc32c.Checksum()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            checksum.update(block)
-    return int.from_bytes(checksum.digest(), "big")

@@ -6,9 +6,9 @@ Axes: `t` tokens, `l` layers, `h` KV heads, `d` head_dim, `b` batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -60,6 +60,9 @@ class KVSample:
     """`[t]`: see `Segment`."""
     mask: np.ndarray[tuple[int], np.dtype[np.bool_]]
     """`[t]`: False where this token has no target."""
+    extras: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    """The arrays that the store's manifest declares: `[t, ...]`, or one entry of shape `[...]` for the sample. Empty
+    where the caller did not ask for them."""
 
     def __len__(self) -> int:
         return len(self.input_ids)

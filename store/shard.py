@@ -34,7 +34,7 @@ class PagedArray:
 
     folder: Path
     page_shape: tuple[int, ...]
-    """`(page_tokens, num_layers, num_key_value_heads, head_dim)`."""
+    """`(page_tokens, ...)`; for keys and values `(page_tokens, num_layers, num_key_value_heads, head_dim)`."""
     dtype: str
     """NumPy dtype of the bytes on disk."""
     codec: Codec
@@ -111,7 +111,7 @@ class PageReader:
     _indices: dict[int, np.ndarray[Any, Any]] = field(default_factory=dict)
 
     def read(self, first: int, count: int) -> np.ndarray[Any, Any]:
-        """Pages `first .. first + count`, joined: `[count * page_tokens, l, h, d]` in the on-disk dtype.
+        """Pages `first .. first + count`, joined: `[count * page_tokens, ...]` in the on-disk dtype.
 
         Raises:
             DamagedStoreError: naming the chunk.

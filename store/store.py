@@ -103,8 +103,8 @@ class KVStore(Sequence[KVSample]):
         """Storage dtype."""
         return dtype_of(self.manifest.dtype)
 
-    def sample(self, index: int, *, keys: bool = True, values: bool = True) -> KVSample:
-        """Sample `index`; keys and values are read only if asked for.
+    def sample(self, index: int, *, keys: bool = True, values: bool = True, extras: bool = True) -> KVSample:
+        """Sample `index`; keys, values and extra arrays are read only if asked for.
 
         Raises:
             IndexError: if there is no such sample.
@@ -117,13 +117,32 @@ class KVStore(Sequence[KVSample]):
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         part, position = divmod(index, self.manifest.samples_per_part)
-        return self.part(part).sample(position, keys=keys, values=values)
+        return self.part(part).sample(position, keys=keys, values=values, extras=extras)
 
     def batch(
         self, indices: Iterable[int], *, keys: bool = True, values: bool = True, pad_token_id: int = 0
     ) -> KVBatch:
         """Several samples, padded on the right."""
-        return collate([self.sample(i, keys=keys, values=values) for i in indices], pad_token_id=pad_token_id)
+        samples = [self.sample(i, keys=keys, values=values, extras=False) for i in indices]
+        return collate(samples, pad_token_id=pad_token_id)
+
+    def per_sample(self, name: str) -> np.ndarray[Any, Any]:
+        """`[num_samples, ...]`: an extra array of samples; NaN (-1 for int32) where one failed or is not written yet.
+
+        Raises:
+            StoreError: if the manifest declares none of this name.
+        """
+        kind = self.manifest.extras.get(name)
+        if kind is None or kind.axis != "sample":
+            known = [n for n, k in self.manifest.extras.items() if k.axis == "sample"]
+            raise StoreError(
+                f"{self.path}: no number {name!r} is kept for samples; there is {', '.join(known) or 'none'}"
+            )
+        out = np.full((len(self), *kind.shape), kind.fill_value, kind.dtype)
+        for number in self.committed_parts():
+            samples = self.manifest.part_samples(number)
+            out[samples.start : samples.stop] = self.part(number).per_sample[name]
+        return out
 
     @property
     def keys(self) -> da.Array:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import DamagedStoreError, StoreError
-from .part import PartReader, file_crc32c
+from .files import file_crc32c
+from .part import PartReader
 
 if TYPE_CHECKING:
     from .store import KVStore
@@ -23,7 +24,7 @@ class Damage:
     array: str
     """The array, or `zarr.json` for the part's own table."""
     chunk: int | None
-    """The page, for keys and values."""
+    """The page, for keys, values and extra arrays of rows."""
     sample_ids: tuple[str, ...]
     """The samples that cannot be trusted; empty if all of the part's."""
     reason: str
@@ -56,11 +57,11 @@ def verify_part(store: KVStore, number: int) -> list[Damage]:
         for name in sorted(present - part.attributes["files"].keys())
     ]
     arrays = {name.split("/")[0] for name in broken}
-    found += [Damage(number, a, None, (), "checksum mismatch") for a in sorted(arrays - {"keys", "values"})]
+    found += [Damage(number, a, None, (), "checksum mismatch") for a in sorted(arrays - part.pages.keys())]
     if found:
         return found
     found += _rows(part)
-    for name in ("keys", "values"):
+    for name in part.pages:
         damaged = list(_chunks(part, name))
         if not damaged and name in arrays:
             damaged = [Damage(number, name, None, (), "checksum mismatch outside the chunks")]

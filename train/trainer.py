@@ -268,6 +268,11 @@ def _arguments(settings: TrainSettings, out: Path, *, has_heldout: bool) -> Any:
 
 def _check_targets(store: KVStore, model: Any, tokenizer: Any, corpus_digest: str | None) -> None:
     manifest = store.manifest
+    if manifest.kind == "selected":
+        raise StageError(
+            f"{store.path} is a selected store: its slots are no targets for the student's tokens; train on what "
+            "kava project makes"
+        )
     if manifest.kind != "target":
         raise StageError(f"{store.path} is a {manifest.kind} store, not targets; run kava project first")
     if missing := store.missing_parts():

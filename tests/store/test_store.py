@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from fixtures.stores import GEOMETRY, manifest, read_open, read_path, sample, tree, write_store
+from fixtures.stores import EXTRAS, GEOMETRY, manifest, read_open, read_path, sample, tree, write_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +27,7 @@ from kava.store import (
     CODECS,
     DTYPES,
     BackgroundWriter,
+    ExtraArray,
     KVGeometry,
     KVSample,
     KVStore,
@@ -40,7 +41,7 @@ LENGTHS = [3, 4, 9, 1, 6, 12, 5]
 
 @pytest.fixture
 def store(tmp_path: Path) -> KVStore:
-    written: KVStore = write_store(tmp_path / "s.zarr", LENGTHS)[0]
+    written: KVStore = write_store(tmp_path / "s.zarr", LENGTHS, extras=EXTRAS)[0]
     return written
 
 
@@ -53,6 +54,10 @@ def _equal(found: KVSample, wanted: KVSample, dtype: torch.dtype) -> None:
         assert torch.equal(mine, theirs.to(dtype)), name
     for name in ("input_ids", "positions", "spans", "segments", "mask"):
         np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
+    assert found.extras.keys() == wanted.extras.keys()
+    for name, array in wanted.extras.items():
+        np.testing.assert_array_equal(found.extras[name], array)
+        assert found.extras[name].dtype == array.dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -74,6 +79,15 @@ def test_round_trip(tmp_path: Path, dtype: str, codec: str) -> None:
     shape=st.tuples(st.integers(1, 4), st.integers(1, 3), st.sampled_from([1, 3, 8])),
     codec=st.sampled_from(sorted(CODECS)),
     dtype=st.sampled_from(sorted(DTYPES)),
+    extras=st.dictionaries(
+        st.sampled_from(["a", "b_1", "importance"]),
+        st.builds(
+            ExtraArray,
+            axis=st.sampled_from(["row", "sample"]),
+            dtype=st.sampled_from(["float32", "float64", "int32"]),
+            shape=st.lists(st.integers(1, 4), max_size=3).map(tuple),
+        ),
+    ),
 )
 def test_any_shape_round_trips_and_zarr_agrees(
     tmp_path_factory: pytest.TempPathFactory,
@@ -83,12 +97,21 @@ def test_any_shape_round_trips_and_zarr_agrees(
     shape: Any,
     codec: str,
     dtype: str,
+    extras: dict[str, ExtraArray],
 ) -> None:
     geometry = KVGeometry(num_layers=shape[0], num_key_value_heads=shape[1], head_dim=shape[2])
     path = tmp_path_factory.mktemp("store") / "s.zarr"
     store, samples = write_store(
-        path, lengths, page_tokens=page, samples_per_part=per_part, geometry=geometry, codec=codec, dtype=dtype
+        path,
+        lengths,
+        page_tokens=page,
+        samples_per_part=per_part,
+        geometry=geometry,
+        codec=codec,
+        dtype=dtype,
+        extras=extras,
     )
+    assert store.verify() == []
     for index, (found, wanted) in enumerate(zip(store, samples, strict=True)):
         _equal(found, wanted, getattr(torch, dtype))
         part, position = divmod(index, per_part)
@@ -97,6 +120,9 @@ def test_any_shape_round_trips_and_zarr_agrees(
         assert start % page == 0
         raw = np.asarray(group["keys"][start : start + length])  # type: ignore[index]
         np.testing.assert_array_equal(raw, DTYPES[dtype].to_numpy(wanted.keys))
+        for name, kind in extras.items():
+            rows: Any = slice(start, start + length) if kind.axis == "row" else position
+            np.testing.assert_array_equal(group[name][rows], wanted.extras[name])
     np.testing.assert_array_equal(
         store.values.compute(),
         torch.cat([s.values for s in samples]).to(getattr(torch, dtype)).float().numpy().astype(store.values.dtype),
@@ -205,7 +231,8 @@ def test_fingerprint_is_of_content_only() -> None:
     assert one.fingerprint == manifest(codec="none").fingerprint
     assert one.fingerprint == manifest(versions={"torch": "9"}).fingerprint
     assert not one.differences(manifest(versions={"torch": "9"}))
-    for change in ({"corpus_digest": "x"}, {"dtype": "float32"}, {"parameters": {"a": 1}}, {"samples_per_part": 4}):
+    changes: list[dict[str, Any]] = [{"corpus_digest": "x"}, {"dtype": "float32"}, {"parameters": {"a": 1}}]
+    for change in [*changes, {"samples_per_part": 4}, {"extras": EXTRAS}]:
         assert one.fingerprint != manifest(**change).fingerprint
     assert Manifest(**one.model_dump(exclude={"fingerprint"})).fingerprint == one.fingerprint
 
@@ -412,7 +439,7 @@ def test_a_dask_array_of_a_rewritten_part_is_refused(store: KVStore) -> None:
     store.drop_part(0)
     with store.write_part(0) as writer:
         for position, length in enumerate(LENGTHS[:3]):
-            writer.append(position, sample(position + 50, length))
+            writer.append(position, sample(position + 50, length, extras=EXTRAS))
         writer.commit()
     with pytest.raises(StoreError, match="was rewritten"):
         keys.compute()
