@@ -31,7 +31,7 @@ from ..store import KVGeometry, KVStore, Manifest, ModelIdentity, Split, digest_
 from ..store.dtypes import dtype_of
 from ..store.manifest import default_page_tokens
 from .heads import HEAD_MAPS
-from .layers import LayerMap, layer_map
+from .layers import FITTED, LayerMap, layer_map
 from .recipe import Recipe, TeacherSettings
 
 PART_BYTES: Final = 1 << 30
@@ -335,8 +335,14 @@ class Run:
             parents["resampled"] = self.resampled_manifest(name).fingerprint
         if self.needs_reference:
             parents["reference"] = self.reference_manifest.fingerprint
-        fit: dict[str, Any] = {"layers": self.layers(name), **project.model_dump(include={"heads", "scale", "seed"})}
-        if HEAD_MAPS[project.heads].needs != "nothing" or project.scale == "unit":
+        fit: dict[str, Any] = project.model_dump(include={"heads", "per", "scale", "seed"})
+        # A map that is chosen at the fit is named by how it is chosen, and on what: that determines it.
+        fit["layers"] = self.layers(name) or project.layers
+        if project.layers == "best":
+            fit["top_k"] = project.top_k
+        if project.layers == "best" or project.heads == "ridge":
+            fit["ridge"] = project.ridge
+        if self.needs_reference or HEAD_MAPS[project.heads].needs == "teacher" or project.scale == "unit":
             fit["calibration"] = self.calibration.digest
         return self._student_manifest(
             kind="target",
@@ -351,11 +357,11 @@ class Run:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the head map is fitted against the student's own keys and values."""
-        return HEAD_MAPS[self.recipe.project.heads].needs == "student"
+        """Whether layers or heads are fitted against the student's own keys and values."""
+        return HEAD_MAPS[self.recipe.project.heads].needs == "student" or self.recipe.project.layers in FITTED
 
-    def layers(self, name: str) -> LayerMap:
-        """Teacher layers for each student layer."""
+    def layers(self, name: str) -> LayerMap | None:
+        """Teacher layers for each student layer; None where the fit chooses them: the projector has them then."""
         source = self.parent_manifest(name).geometry
         return layer_map(self.recipe.project.layers, source.num_layers, self.student_geometry.num_layers)
 
