@@ -141,7 +141,7 @@ def test_dask_distributed_writes_the_same_bits(done: Path, tmp_path: Path, tiny_
 
     recipe = write_recipe(tmp_path, tiny_models)
     kava("run", recipe, "--until", "reference")
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster:
         kava("project", recipe, "--scheduler", cluster.scheduler_address)
     assert tree(tmp_path / "run/targets") == tree(done.parent / "run/targets")
     assert "cannot be reached" in kava("project", recipe, "--force", "--scheduler", "tcp://127.0.0.1:9", code=75)
