@@ -25,7 +25,12 @@ EXAMPLES = {
         "kava extract workflows/demo.yaml --retry-failed",
     ],
     "resample": ["kava resample workflows/demo.yaml -s resample.method=linear"],
-    "project": ["kava project workflows/demo.yaml", "kava project workflows/demo.yaml --scheduler tcp://head:8786"],
+    "project": [
+        "kava project workflows/demo.yaml",
+        "kava project workflows/demo.yaml --scheduler tcp://head:8786",
+        "kava project workflows/demo.yaml --report",
+        "kava project workflows/demo.yaml --report -s project.layers=best -s project.heads=cca",
+    ],
     "select": [
         "kava select workflows/demo.yaml -s select.tokens=24 -s select.method=uniform",
         "kava select workflows/demo.yaml -s extract.importance=true -s select.tokens=24 --scheduler tcp://head:8786",
@@ -44,7 +49,12 @@ NOTES = {
     "run": "A stage that is up to date is skipped. A stale capture or training is not replaced without `--force`.",
     "extract": "Goes on at the first missing part. `--retry-failed` drops the parts with failed samples first.",
     "resample": "Optional: `kava project` resamples and projects in one pass. The resampled store is for looking at.",
-    "project": "Makes the student and its reference first where they are missing; saves the projector too.",
+    "project": "Makes the student and its reference first where they are missing; saves the projector too.\n\n"
+    "`--report` prints a row for each student layer and writes `projectors/NAME.report.json` and\n"
+    "`projectors/NAME.png`: the teacher layers, their CKA, held-out R² of keys and values for this projector and\n"
+    "for the plainest map, the share of the teacher's variance that is kept, and how near the student's attention\n"
+    "stays to its own. Compare settings with `-s` before any target is written; a projector that made targets\n"
+    "which are there stays as it is. Before the capture there is the layer map alone.",
     "select": "Reads the teacher stores; with `select.geometry: student` the student and its projector are made first.",
     "train": "Goes on at its last checkpoint where `train.save_steps` is set. The targets must be complete.",
     "inspect": "Finds the run's recipe beside the store to show tokens and text.",

@@ -5,7 +5,8 @@ what is done, stale or missing, and does it; `resample`, `layers`, `heads`, `pro
 `transform` and `select_stage` apply it part by part under dask.
 """
 
-from .project import Projector, fit_projector
+from .project import fit_projector
+from .projector import Projector
 from .recipe import Recipe, load_recipe
 from .resample import RESAMPLERS, TimeMap
 

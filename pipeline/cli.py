@@ -150,9 +150,19 @@ def project(
     teacher: OnlyTeacher = None,
     force: Force = False,
     scheduler: Scheduler = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write no targets; fit the projector, measure it and draw it.")
+    ] = False,
 ) -> None:
     """Make the student's targets: resample time and project layers, heads and width."""
     loaded = _load(recipe, overrides)
+    if report:
+        if force:
+            raise RecipeError(
+                "--force goes without --report, which makes no targets; a stale projector is fitted again"
+            )
+        _report(loaded, teacher, scheduler)
+        return
     stages = ["student", "reference", *(["resample"] if loaded.recipe.resample.materialize else []), "project"]
     _run(loaded, stages, frozenset({"project"} if force else ()), scheduler, teacher)
 
@@ -314,14 +324,18 @@ def _load(path: Path, overrides: list[str] | None) -> Any:
 def _run(
     loaded: Any, names: list[str], force: frozenset[str], scheduler: str | None, teacher: str | None = None
 ) -> None:
-    from .stages import run_stages, stages_of
+    from .stages import stages_of
 
     if teacher is not None:
         loaded.teacher(teacher)
     stages = [s for s in stages_of(loaded) if s.name in names and (teacher is None or s.teacher in (None, teacher))]
-
     if not stages:
         raise RecipeError(f"this recipe asks for no stage {', '.join(names)}; docs/recipe.md says which section does")
+    _make(stages, force, scheduler)
+
+
+def _make(stages: Any, force: frozenset[str], scheduler: str | None) -> None:
+    from .stages import run_stages
 
     def say(label: str, line: str) -> None:
         out.print(f"{label + ':':<18} {line}", markup=False)
@@ -356,6 +370,24 @@ def _teachers(loaded: Any, only: str | None) -> list[str]:
     if only is not None:
         loaded.teacher(only)
     return [only] if only is not None else list(loaded.recipe.teachers)
+
+
+def _report(loaded: Any, teacher: str | None, scheduler: str | None) -> None:
+    from .report import make_report, report_stages, report_table
+
+    names = _teachers(loaded, teacher)
+    _make([s for s in report_stages(loaded) if s.teacher is None or s.teacher in names], frozenset(), scheduler)
+    for name in names:
+        found = make_report(loaded, name)
+        numbers, picture = found.save(loaded.projector_path(name))
+        out.print()
+        out.print(f"{name}: {found.source} -> {found.target}", markup=False)
+        if not found.measured:
+            out.print("not captured yet, nothing is measured")
+        if problem := found.attention.get("problem"):
+            out.print(f"attention is not measured: {problem}", markup=False)
+        _print_table(report_table(found))
+        out.print(f"{numbers}\n{picture}", markup=False)
 
 
 def _drop_failed(loaded: Any, teacher: str | None) -> None:

@@ -12,7 +12,7 @@ from ..extract.generate import GenerateSettings, Question, prompt_ids, question_
 from ..hub import load_tokenizer, stop_token_ids
 from ..progress import progress
 from ..store.files import disk_errors, write_atomic
-from .run import RECORD, read_record
+from .places import RECORD, read_record
 from .stage import Stage, Status
 from .store_stages import open_writer
 

@@ -1,8 +1,13 @@
-"""Depth: which teacher layers each student layer is compared with."""
+"""Depth: which teacher layers each student layer is compared with.
+
+Two kinds of maps: those known from the two depths alone, in `PLANNED`, and those that are chosen on calibration samples
+when the projector is fitted (`FITTED`, see `layer_fit.py`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Final
 
 from ..errors import AlignmentError
 
@@ -19,6 +24,15 @@ def uniform(num_source: int, num_target: int) -> LayerMap:
         return [[num_source - 1]]
     span, steps = num_source - 1, num_target - 1
     return [[(2 * i * span + steps) // (2 * steps)] for i in range(num_target)]
+
+
+def last_aligned(num_source: int, num_target: int) -> LayerMap:
+    """The last with the last, and so on backwards, one by one.
+
+    A shallower student skips the teacher's first layers; the first layers of a deeper one all get the teacher's first.
+    The default of Cache-to-Cache (Fu et al. 2025, https://arxiv.org/abs/2510.03215).
+    """
+    return [[max(num_source - num_target + i, 0)] for i in range(num_target)]
 
 
 def explicit(layers: Sequence[int | Sequence[int]], num_source: int, num_target: int) -> LayerMap:
@@ -43,8 +57,12 @@ def explicit(layers: Sequence[int | Sequence[int]], num_source: int, num_target:
     return out
 
 
-def layer_map(layers: str | Sequence[int | Sequence[int]], num_source: int, num_target: int) -> LayerMap:
-    """The map that the recipe names or lists."""
+PLANNED: Final[dict[str, Callable[[int, int], LayerMap]]] = {"uniform": uniform, "last-aligned": last_aligned}
+FITTED: Final = ("cka", "best")
+
+
+def layer_map(layers: str | Sequence[int | Sequence[int]], num_source: int, num_target: int) -> LayerMap | None:
+    """The map that the recipe names or lists; None where it is chosen when the projector is fitted."""
     if isinstance(layers, str):
-        return uniform(num_source, num_target)
+        return None if layers in FITTED else PLANNED[layers](num_source, num_target)
     return explicit(layers, num_source, num_target)

@@ -94,7 +94,7 @@ def _client(scheduler: str) -> Iterator[Client]:
     count = scheduler.removeprefix(_PROCESSES)
     if not count.isdigit() or int(count) < 1:
         raise RecipeError(f"--scheduler {scheduler}: write processes:N with a number of worker processes")
-    options: dict[str, Any] = {"n_workers": int(count), "threads_per_worker": 1, "dashboard_address": None}
+    options: dict[str, Any] = {"n_workers": int(count), "threads_per_worker": 1, "dashboard_address": ":0"}
     with LocalCluster(processes=True, **options) as cluster, Client(cluster) as client:
         yield client
 

@@ -17,7 +17,8 @@ from ..store import KVGeometry
 from ..store.dtypes import dtype_of
 from ..store.manifest import default_page_tokens
 from .layers import LayerMap, layer_map
-from .run import BYTES_PER_TOKEN, Run
+from .parts import BYTES_PER_TOKEN
+from .run import Run
 from .stages import stages_of
 
 if TYPE_CHECKING:
@@ -90,12 +91,18 @@ def print_plan(run: Run, chosen: list[str], out: Console) -> None:
 def _print_maps(run: Run, name: str, teacher: KVGeometry, student: KVGeometry, out: Console) -> None:
     recipe = run.recipe
     layers = layer_map(recipe.project.layers, teacher.num_layers, student.num_layers)
-    joined = len(layers[0])
-    width = f"{joined * teacher.width} -> {student.width} numbers per layer, keys and values apart"
+    if layers is None:
+        joined = recipe.project.top_k if recipe.project.layers == "best" else 1
+        depth = f"{recipe.project.layers}, chosen on {recipe.project.calibration_samples} calibration samples"
+    else:
+        joined, depth = max(map(len, layers)), arrows(layers)
+    most = "up to " if joined > 1 else ""
+    width = f"{most}{joined * teacher.width} -> {student.width} numbers per layer, keys and values apart"
     out.print(f"{name} -> student")
     out.print(f"  time              {recipe.resample.method}, by UTF-8 bytes of the text")
-    out.print(f"  layers            {_arrows(layers)}")
-    out.print(f"  heads             {recipe.project.heads}: {width}")
+    out.print(f"  layers            {depth}")
+    apart = ", each head by itself" if recipe.project.per == "head" else ""
+    out.print(f"  heads             {recipe.project.heads}{apart}: {width}")
     for label, geometry, dtype in (
         ("teacher store", teacher, recipe.extract.dtype),
         ("targets", student, recipe.project.dtype),
@@ -114,7 +121,8 @@ def _print_maps(run: Run, name: str, teacher: KVGeometry, student: KVGeometry, o
     out.print()
 
 
-def _arrows(layers: LayerMap) -> str:
+def arrows(layers: LayerMap) -> str:
+    """Teacher layers of each student layer: `0->0 1+2->1`."""
     return " ".join(f"{'+'.join(map(str, sources))}->{target}" for target, sources in enumerate(layers))
 
 

@@ -6,121 +6,52 @@ acts on one token at a time and resampling on one number at a time, so the two c
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import AlignmentError, StageError
+from ..errors import AlignmentError
 from ..store import KVGeometry
-from ..store.files import write_atomic
-from .heads import HEAD_MAPS, Affine, HeadShape
+from .diagnostics import head_shape, measure, standardised
+from .heads import HEAD_MAPS, RIDGE, FitData, fit_heads
+from .layer_fit import choose_layers, wanted_for
 from .layers import LayerMap
-from .moments import Moments
+from .moments import NAMES, Calibration, Moments, Pair
+from .projector import Projector
 
 if TYPE_CHECKING:
     import torch
-
-Pair = tuple["torch.Tensor", "torch.Tensor"]
-"""Keys and values, each `[t, l, h, d]`."""
-
-
-@dataclass(frozen=True)
-class Projector:
-    """Affine maps for keys and values of every student layer."""
-
-    source: KVGeometry
-    target: KVGeometry
-    layers: LayerMap
-    weights: dict[str, list[torch.Tensor]]
-    """`keys` and `values`: per student layer `[in, out]` float32."""
-    biases: dict[str, list[torch.Tensor]]
-    """`keys` and `values`: per student layer `[out]` float32."""
-    card: dict[str, Any]
-    """How it was made, and what the fit says of itself."""
-
-    def apply(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Projects `keys` or `values`.
-
-        Args:
-            name: `keys` or `values`.
-            tensor: `[t, l, h, d]` in the source geometry.
-
-        Returns:
-            `[t, l, h, d]` float32 in the target geometry.
-
-        Raises:
-            AlignmentError: if the tensor has another geometry.
-        """
-        import torch
-
-        if tuple(tensor.shape[1:]) != self.source.shape:
-            raise AlignmentError(f"projector: made for {self.source}, got {tuple(tensor.shape[1:])}")
-        flat = tensor.float().flatten(2)
-        out = torch.empty((tensor.shape[0], self.target.num_layers, self.target.width), dtype=torch.float32)
-        for index, sources in enumerate(self.layers):
-            joined = flat[:, sources].flatten(1)
-            torch.addmm(self.biases[name][index], joined, self.weights[name][index], out=out[:, index])
-        return out.view(-1, *self.target.shape)
-
-    def save(self, path: Path) -> None:
-        """Writes `path` (safetensors) and beside it the card (`.json`)."""
-        from safetensors.torch import save
-
-        tensors = {}
-        for name in self.weights:
-            for index in range(self.target.num_layers):
-                tensors[f"{name}.{index}.weight"] = self.weights[name][index].contiguous()
-                tensors[f"{name}.{index}.bias"] = self.biases[name][index].contiguous()
-        header = {"source": self.source.model_dump(), "target": self.target.model_dump(), "layers": self.layers}
-        write_atomic(path, save(tensors, {"kava_projector": json.dumps({**header, "card": self.card}, sort_keys=True)}))
-        write_atomic(path.with_suffix(".json"), json.dumps({**header, **self.card}, indent=2).encode())
-
-    @classmethod
-    def load(cls, path: Path) -> Projector:
-        """Reads a saved projector.
-
-        Raises:
-            StageError: if it is not there or not one.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {})["kava_projector"])
-                source, target = (KVGeometry(**header[side]) for side in ("source", "target"))
-                layers = range(target.num_layers)
-                parts = {
-                    kind: {n: [file.get_tensor(f"{n}.{i}.{kind}") for i in layers] for n in ("keys", "values")}
-                    for kind in ("weight", "bias")
-                }
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise StageError(f"projector {path} cannot be read: {error}; rerun with --force project") from None
-        return cls(source, target, header["layers"], parts["weight"], parts["bias"], header["card"])
 
 
 def fit_projector(
     source: KVGeometry,
     target: KVGeometry,
-    layers: LayerMap,
+    layers: LayerMap | str,
     *,
     heads: str,
+    per: Literal["layer", "head"] = "layer",
     scale: str = "own",
+    ridge: Sequence[float] = RIDGE,
+    top_k: int = 4,
     pairs: Iterable[tuple[Pair, Pair | None]] = (),
     seed: int = 0,
 ) -> Projector:
     """Fits one affine map per student layer, for keys and for values.
 
+    Every fifth pair is held out (`is_held_out`): maps are fitted on the others and measured on these, which also choose
+    the layers of `best` and the penalty of `ridge`. With a single pair nothing is held out: maps that choose are
+    refused, and the card has no R².
+
     Args:
         source: the teacher's geometry.
         target: the student's geometry.
-        layers: teacher layers for each student layer.
+        layers: teacher layers for each student layer, or `cka` or `best` to choose them.
         heads: a name in `HEAD_MAPS`.
+        per: `layer` maps all heads together, `head` each target head from the source heads that it overlaps.
         scale: `own`, or `unit` for targets that have mean zero and variance one in every layer.
+        ridge: penalties that `ridge` and `best` choose from.
+        top_k: teacher layers that `best` joins, at most.
         pairs: the teacher's keys and values on the student's tokens and, where the method needs them, the student's
-        own;
-            read once. Only rows that have a target.
+            own, for each sample; read once. Only rows that have a target.
         seed: of the `random` and widening maps.
 
     Raises:
@@ -129,70 +60,41 @@ def fit_projector(
     import torch
 
     method = HEAD_MAPS[heads]
-    measured = method.needs != "nothing" or scale == "unit"
-    shapes = [
-        HeadShape(len(s), source.num_key_value_heads, source.head_dim, target.num_key_value_heads, target.head_dim)
-        for s in layers
-    ]
-    moments = {
-        name: [Moments.zeros(s.source_width, s.target_width if method.needs == "student" else 0) for s in shapes]
-        for name in ("keys", "values")
-    }
+    paired = method.needs == "student" or isinstance(layers, str)
+    measured = paired or method.needs == "teacher" or scale == "unit"
+    calibration = None
     if measured:
-        for teacher, student in pairs:
-            _accumulate(moments, layers, teacher, student if method.needs == "student" else None)
-        if moments["keys"][0].count < 2:
-            raise AlignmentError(f"project: {heads} with scale {scale} has no calibration tokens to be fitted on")
-    weights: dict[str, list[torch.Tensor]] = {}
-    biases: dict[str, list[torch.Tensor]] = {}
-    diagnostics: dict[str, list[dict[str, float]]] = {}
-    for name in ("keys", "values"):
+        wanted = wanted_for(layers, source, target)
+        calibration = Calibration.gather(source, target if paired else None, wanted, pairs)
+        if calibration.tokens["fit"] < 2:
+            raise AlignmentError(
+                f"project: heads {heads} with scale {scale}, layers {layers if isinstance(layers, str) else 'given'}, "
+                "has no calibration tokens to be fitted on"
+            )
+    card: dict[str, Any] = {"heads": heads, "per": per, "scale": scale, "seed": seed}
+    if isinstance(layers, str):
+        assert calibration is not None
+        layers, card["layers_by"] = choose_layers(layers, calibration, source, target, top_k=top_k, ridge=ridge)
+    weights: dict[str, list[torch.Tensor]] = {name: [] for name in NAMES}
+    biases: dict[str, list[torch.Tensor]] = {name: [] for name in NAMES}
+    penalties: dict[str, list[tuple[float, ...]]] = {name: [] for name in NAMES}
+    for name in NAMES:
         generator = torch.Generator().manual_seed(seed * 2 + (name == "values"))
-        fitted = [method.fit(s, m, generator) for s, m in zip(shapes, moments[name], strict=True)]
-        if scale == "unit":
-            fitted = [standardised(weight, m) for (weight, _), m in zip(fitted, moments[name], strict=True)]
-        weights[name] = [weight.float() for weight, _ in fitted]
-        biases[name] = [bias.float() for _, bias in fitted]
-        if measured:
-            diagnostics[name] = [_diagnose(m, w, b) for m, (w, b) in zip(moments[name], fitted, strict=True)]
-    card = {
-        "heads": heads,
-        "scale": scale,
-        "seed": seed,
-        "calibration_tokens": moments["keys"][0].count,
-        "diagnostics": diagnostics,
-    }
-    return Projector(source, target, layers, weights, biases, card)
-
-
-def standardised(weight: torch.Tensor, moments: Moments) -> Affine:
-    """The same map, scaled and shifted so that its output has mean zero and, over all its numbers, variance one."""
-    import torch
-
-    produced = torch.trace(weight.T @ moments.cov_xx @ weight) / weight.shape[1]
-    weight = weight / torch.sqrt(produced) if produced > 0 else weight
-    return weight, -moments.mean_x @ weight
-
-
-def _accumulate(moments: dict[str, list[Moments]], layers: LayerMap, teacher: Pair, student: Pair | None) -> None:
-    for number, name in enumerate(("keys", "values")):
-        x = teacher[number].double().flatten(2)
-        y = None if student is None else student[number].double().flatten(2)
         for index, sources in enumerate(layers):
-            rows = x[:, sources].flatten(1)
-            moments[name][index].add(rows, rows[:, :0] if y is None else y[:, index])
-
-
-def _diagnose(moments: Moments, weight: torch.Tensor, bias: torch.Tensor) -> dict[str, float]:
-    """Share of the teacher's variance that the map's directions carry, and R² against the student's own tensors."""
-    import torch
-
-    q, _ = torch.linalg.qr(weight)
-    total = torch.trace(moments.cov_xx)
-    found = {"explained_variance": float(torch.trace(q.T @ moments.cov_xx @ q) / total) if total > 0 else 0.0}
-    if moments.y.numel():
-        own = torch.trace(moments.cov_yy)
-        error = own - 2 * (weight * moments.cov_xy).sum() + torch.trace(weight.T @ moments.cov_xx @ weight)
-        shift = moments.mean_y - moments.mean_x @ weight - bias
-        found["r2"] = float(1 - (error + shift @ shift) / own) if own > 0 else 0.0
-    return found
+            shape = head_shape(source, target, sources)
+            moments, heldout = Moments.empty(shape.source_width, shape.target_width), None
+            if calibration is not None:
+                moments, heldout = calibration.moments(name, sources, index)
+            fitted = fit_heads(method, shape, FitData(moments, heldout, generator, ridge), per=per)
+            weight, bias = fitted.weight, fitted.bias
+            if scale == "unit":
+                weight, bias = standardised(weight, moments)
+            weights[name].append(weight.float())
+            biases[name].append(bias.float())
+            penalties[name].append(fitted.penalties)
+    if any(penalties["keys"]):
+        card["penalties"] = penalties
+    projector = Projector(source, target, layers, weights, biases, card)
+    if calibration is not None:
+        card |= measure(projector, calibration)
+    return projector

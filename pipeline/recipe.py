@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ..errors import RecipeError
 from ..extract import CaptureSettings, CorpusSettings
@@ -22,7 +31,7 @@ from ..extract.vllm.settings import EngineSettings
 from ..store import CODECS, KVGeometry
 from ..store.files import write_atomic
 from ..train.settings import StudentSettings, TrainSettings
-from .heads import HEAD_MAPS
+from .heads import HEAD_MAPS, RIDGE
 from .resample import RESAMPLERS
 from .select import SELECTORS, Selector
 
@@ -92,12 +101,18 @@ class ResampleSettings(_Section):
 class ProjectSettings(_Section):
     """Layers, heads and width: teacher geometry to student geometry."""
 
-    layers: Literal["uniform"] | list[int | list[int]] = "uniform"
+    layers: Literal["uniform", "last-aligned", "cka", "best"] | list[int | list[int]] = "uniform"
+    top_k: PositiveInt = 4
+    """Teacher layers that `layers: best` joins, at most."""
     heads: str = "procrustes"
+    per: Literal["layer", "head"] = "layer"
+    """`layer`: all heads are mapped together; `head`: each from the teacher's heads that it overlaps."""
+    ridge: list[PositiveFloat] = Field(default=list(RIDGE), min_length=1)
+    """Penalties that `heads: ridge` and `layers: best` choose from, relative to the teacher's mean variance."""
     scale: Literal["own", "unit"] = "own"
     """`own`: that of the head map (procrustes: the student's); `unit`: mean 0 and variance 1 in every layer."""
     calibration_samples: PositiveInt = 256
-    """Training samples that a fitted map is fitted on."""
+    """Training samples for a fitted map; every fifth is held out to choose by and to measure on."""
     dtype: DTypeName = "bfloat16"
     """Storage dtype of the targets."""
     codec: str = "blosc-zstd"

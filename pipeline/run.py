@@ -1,4 +1,4 @@
-"""A recipe at a place: where each output lies, and the manifest that each store must have.
+"""A recipe at a place: what each output is made from, and the manifest that each store must have.
 
 Everything here is worked out from the recipe and its inputs, nothing is remembered: two processes, or two nodes, come
 to the same manifests.
@@ -6,11 +6,9 @@ to the same manifests.
 
 from __future__ import annotations
 
-import json
-import random
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from ..errors import AlignmentError, StageError
 from ..extract import Corpus, CorpusSettings, Encoder, load_corpus
@@ -32,80 +30,19 @@ from ..store import KVGeometry, KVStore, Manifest, ModelIdentity, Split, digest_
 from ..store.dtypes import dtype_of
 from ..store.manifest import default_page_tokens
 from .heads import HEAD_MAPS
-from .layers import LayerMap, layer_map
+from .layers import FITTED, LayerMap, layer_map
+from .parts import BYTES_PER_TOKEN, draw_calibration, samples_per_part
+from .places import Places, read_record
 from .recipe import Recipe, TeacherSettings
 from .transform import inherited_extras
 
-PART_BYTES: Final = 1 << 30
-"""Raw bytes of keys and values in one part, at most, as far as the text's length tells."""
-MIN_PARTS: Final = 8
-"""A small corpus is still cut into this many parts, so that it can be shared out and resumed."""
-CALIBRATION_PARTS: Final = 8
-"""The calibration is drawn from this many parts, or more where these hold too few samples."""
-BYTES_PER_TOKEN: Final = 2.5
-"""UTF-8 bytes of text per token, on the low side of today's tokenizers, for cutting the corpus into parts."""
 
-
-RECORD: Final = "kava.json"
-"""What a folder of weights says of itself."""
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """The record in a folder of weights; empty if there is none that can be read."""
-    try:
-        record = json.loads((folder / RECORD).read_text())
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-class Run:
+class Run(Places):
     """A recipe, resolved."""
 
     def __init__(self, recipe: Recipe) -> None:
+        super().__init__(Path(recipe.run_dir).expanduser(), recipe.train.name)
         self.recipe = recipe
-        self.root = Path(recipe.run_dir).expanduser()
-
-    # Where things lie.
-
-    @property
-    def student_dir(self) -> Path:
-        """The student before training, and its tokenizer."""
-        return self.root / "student"
-
-    @property
-    def generated_dir(self) -> Path:
-        """The corpus that a teacher wrote."""
-        return self.root / "generated"
-
-    def teacher_path(self, teacher: str) -> Path:
-        """The capture of a teacher."""
-        return self.root / "teachers" / f"{teacher}.zarr"
-
-    @property
-    def reference_path(self) -> Path:
-        """The student's own keys and values before training, on the calibration samples."""
-        return self.root / "reference.zarr"
-
-    def resampled_path(self, teacher: str) -> Path:
-        """A teacher's capture on the student's tokens."""
-        return self.root / "resampled" / f"{teacher}.zarr"
-
-    def projector_path(self, teacher: str) -> Path:
-        """The fitted projector."""
-        return self.root / "projectors" / f"{teacher}.safetensors"
-
-    def target_path(self, teacher: str) -> Path:
-        """The targets made from a teacher."""
-        return self.root / "targets" / f"{teacher}.zarr"
-
-    def selected_path(self, teacher: str) -> Path:
-        """The slots filled from a teacher's capture."""
-        return self.root / "selected" / f"{teacher}.zarr"
-
-    def trained_dir(self, name: str | None = None) -> Path:
-        """A trained student."""
-        return self.root / "students" / (name or self.recipe.train.name)
 
     # What they are made from.
 
@@ -178,17 +115,8 @@ class Run:
 
     @cached_property
     def _calibration(self) -> tuple[list[int], list[int]]:
-        project, size = self.recipe.project, self._part_size
-        train = self.corpus.split(Split.TRAIN)
-        order, chosen, pool = list(range(-(-len(self.corpus) // size))), list[int](), list[int]()
-        draw = random.Random(project.seed)
-        draw.shuffle(order)
-        for part in order:
-            if len(chosen) >= CALIBRATION_PARTS and len(pool) >= project.calibration_samples:
-                break
-            chosen.append(part)
-            pool += [index for index in train if index // size == part]
-        return sorted(chosen), sorted(draw.sample(pool, min(len(pool), project.calibration_samples)))
+        project, train = self.recipe.project, self.corpus.split(Split.TRAIN)
+        return draw_calibration(train, len(self.corpus), self._part_size, project.calibration_samples, project.seed)
 
     @property
     def _part_size(self) -> int:
@@ -372,8 +300,14 @@ class Run:
             parents["resampled"] = self.resampled_manifest(name).fingerprint
         if self.needs_reference:
             parents["reference"] = self.reference_manifest.fingerprint
-        fit: dict[str, Any] = {"layers": self.layers(name), **project.model_dump(include={"heads", "scale", "seed"})}
-        if HEAD_MAPS[project.heads].needs != "nothing" or project.scale == "unit":
+        fit: dict[str, Any] = project.model_dump(include={"heads", "per", "scale", "seed"})
+        # A map that is chosen at the fit is named by how it is chosen, and on what: that determines it.
+        fit["layers"] = self.layers(name) or project.layers
+        if project.layers == "best":
+            fit["top_k"] = project.top_k
+        if project.layers == "best" or project.heads == "ridge":
+            fit["ridge"] = project.ridge
+        if self.needs_reference or HEAD_MAPS[project.heads].needs == "teacher" or project.scale == "unit":
             fit["calibration"] = self.calibration.digest
         return self._student_manifest(
             kind="target",
@@ -394,11 +328,11 @@ class Run:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the head map is fitted against the student's own keys and values."""
-        return HEAD_MAPS[self.recipe.project.heads].needs == "student"
+        """Whether layers or heads are fitted against the student's own keys and values."""
+        return HEAD_MAPS[self.recipe.project.heads].needs == "student" or self.recipe.project.layers in FITTED
 
-    def layers(self, name: str) -> LayerMap:
-        """Teacher layers for each student layer."""
+    def layers(self, name: str) -> LayerMap | None:
+        """Teacher layers for each student layer; None where the fit chooses them: the projector has them then."""
         source = self.parent_manifest(name).geometry
         return layer_map(self.recipe.project.layers, source.num_layers, self.student_geometry.num_layers)
 
@@ -445,16 +379,3 @@ class Run:
         if "samples_per_part" not in fields:
             defaults["samples_per_part"] = self.samples_per_part
         return Manifest(**(defaults | fields))
-
-
-def samples_per_part(sizes: list[float]) -> int:
-    """The largest number of samples per part with which no part exceeds `PART_BYTES` and there are `MIN_PARTS`."""
-    low, high = 1, max(1, -(-len(sizes) // MIN_PARTS))
-    while low < high:
-        middle = (low + high + 1) // 2
-        parts = range(0, len(sizes), middle)
-        if all(sum(sizes[first : first + middle]) <= PART_BYTES for first in parts):
-            low = middle
-        else:
-            high = middle - 1
-    return low

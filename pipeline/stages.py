@@ -20,7 +20,8 @@ from ..progress import progress
 from ..store import Split
 from ..store.files import write_atomic
 from .generate_stage import GenerateStage
-from .run import RECORD, Run, read_record
+from .places import RECORD, read_record
+from .run import Run
 from .select_stage import SelectStage
 from .stage import Stage, Status
 from .store_stages import ExtractStage, ProjectStage, ReferenceStage, ResampleStage

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from ..store import Derive, KVStore, Manifest
 from .direct import derive_directly
 from .parallel import run_parts
 from .project import fit_projector
+from .projector import Projector
 from .run import Run
 from .stage import Stage, Status
 from .transform import Transform, calibration_pairs, student_encoder
@@ -138,12 +140,7 @@ class TransformStage(StoreStage):
 
     def make(self, scheduler: str | None) -> str:
         """Runs the transform over the parts that are missing or outdated."""
-        parent = self.parent()
-        assert parent is not None
-        if absent := [part for part in self.needed(parent.manifest) if part in set(parent.missing_parts())]:
-            raise StageError(
-                f"{parent.path}: {len(absent)} of {parent.manifest.num_parts} parts are missing; make them first"
-            )
+        parent = self.complete_parent()
         store = KVStore.create(self.output, self.manifest())
         for number in self.outdated(store):
             store.drop_part(number)
@@ -153,6 +150,20 @@ class TransformStage(StoreStage):
         with progress(self.label, len(ready), "parts") as advance:
             run_parts(transform, ready, scheduler=scheduler, on_part=lambda part: advance(1))
         return _describe(store)
+
+    def complete_parent(self) -> KVStore:
+        """The parent store, with all parts that are needed.
+
+        Raises:
+            StageError: if some of them are missing.
+        """
+        parent = self.parent()
+        assert parent is not None
+        if absent := set(self.needed(parent.manifest)) & set(parent.missing_parts()):
+            raise StageError(
+                f"{parent.path}: {len(absent)} of {parent.manifest.num_parts} parts are missing; make them first"
+            )
+        return parent
 
     def needed(self, parent: Manifest) -> list[int]:
         """The parts of the parent without which nothing is begun."""
@@ -226,27 +237,49 @@ class ProjectStage(TransformStage):
         return _describe(store)
 
     def prepare(self, parent: KVStore) -> Transform:
-        """Fits the projector, unless the one on disk was fitted for this very store."""
-        run, recipe = self.run, self.run.recipe
-        path = run.projector_path(self._teacher)
+        """With the projector, which is saved."""
+        projector = self.fitted(parent)
+        projector.save(path := self.run.projector_path(self._teacher))
+        return replace(self.transform(parent), projector=str(path.resolve()))
+
+    def transform(self, parent: KVStore) -> Transform:
+        """Time only: what the projector is applied to, and fitted on."""
+        recipe = self.run.recipe
         resampler = None if recipe.resample.materialize else recipe.resample.method
-        transform = _transform(run, parent, self.output, resampler, None)
+        return _transform(self.run, parent, self.output, resampler, None)
+
+    def fitted(self, parent: KVStore) -> Projector:
+        """The projector on disk if it was fitted for this very store, else one that is fitted now."""
+        run, settings = self.run, self.run.recipe.project
+        path = run.projector_path(self._teacher)
         wanted = self.manifest().fingerprint
-        if not (path.exists() and _card(path).get("made_for") == wanted):
-            reference = KVStore.open(run.reference_path) if run.needs_reference else None
-            ids = [record.sample_id for record in run.calibration.records]
-            projector = fit_projector(
-                parent.geometry,
-                run.student_geometry,
-                run.layers(self._teacher),
-                heads=recipe.project.heads,
-                scale=recipe.project.scale,
-                pairs=calibration_pairs(transform, parent, ids, reference),
-                seed=recipe.project.seed,
-            )
-            projector.card["made_for"] = wanted
-            projector.save(path)
-        return _transform(run, parent, self.output, resampler, path)
+        if path.exists() and _card(path).get("made_for") == wanted:
+            return Projector.load(path)
+        reference = KVStore.open(run.reference_path) if run.needs_reference else None
+        ids = [record.sample_id for record in run.calibration.records]
+        projector = fit_projector(
+            parent.geometry,
+            run.student_geometry,
+            run.layers(self._teacher) or str(settings.layers),
+            heads=settings.heads,
+            per=settings.per,
+            scale=settings.scale,
+            ridge=settings.ridge,
+            top_k=settings.top_k,
+            pairs=calibration_pairs(self.transform(parent), parent, ids, reference),
+            seed=settings.seed,
+        )
+        projector.card["made_for"] = wanted
+        return projector
+
+    def keep(self, projector: Projector) -> None:
+        """Saves a projector unless there are targets that another one made."""
+        try:
+            made = KVStore.open(self.output).manifest.fingerprint
+        except StoreNotFoundError:
+            made = projector.card["made_for"]
+        if made == projector.card["made_for"]:
+            projector.save(self.run.projector_path(self._teacher))
 
 
 def open_teacher(run: Run, name: str) -> Teacher:

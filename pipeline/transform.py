@@ -19,10 +19,13 @@ from ..errors import PartExistsError, StageError
 from ..extract import Corpus, CorpusSettings, Encoder, load_corpus
 from ..hub import find_model, load_tokenizer
 from ..store import Derive, ExtraArray, KVSample, KVStore, Manifest, Split
-from .project import Pair, Projector
+from .moments import Pair
+from .projector import Projector
 from .resample import TimeMap, coverage, identity_map, time_map
 
 if TYPE_CHECKING:
+    import torch
+
     from ..extract import Tokens
 
 
@@ -126,15 +129,27 @@ def transformed(source: KVSample, time: TimeMap, projector: Projector | None) ->
     return out[0], out[1]
 
 
-def calibration_pairs(
+@dataclass(frozen=True)
+class CalibrationSample:
+    """A teacher's capture on the student's tokens, in the teacher's geometry."""
+
+    sample_id: str
+    tokens: Tokens
+    mask: np.ndarray[tuple[int], np.dtype[np.bool_]]
+    """`[t]`: tokens that have a target."""
+    keys: torch.Tensor
+    """`[t, l, h, d]` float32; rows without a target hold no meaning."""
+    values: torch.Tensor
+    """`[t, l, h, d]` float32."""
+
+
+def calibration_samples(
     transform: Transform, parent: KVStore, sample_ids: list[str], reference: KVStore | None
-) -> Iterator[tuple[Pair, Pair | None]]:
-    """What a projector is fitted on: the teacher's tensors on the student's tokens, with the student's own.
+) -> Iterator[CalibrationSample]:
+    """The samples that a projector is fitted and measured on, in order.
 
-    Only tokens that have a target; samples that failed on either side are left out.
+    Samples that failed on either side, or have no token with a target, are left out.
     """
-    import torch
-
     corpus = _corpus(transform.corpus, _stamp(transform.corpus.path))
     encoder = student_encoder(transform.student, transform.chat_template)
     failed = {*parent.failed, *(reference.failed if reference else ())}
@@ -142,17 +157,30 @@ def calibration_pairs(
         if sample_id in failed:
             continue
         index = parent.index_of[sample_id]
-        source = parent[index]
-        time = transform.time_map(source, encoder.encode(corpus.records[index]))
-        kept = torch.from_numpy(time.mask)
-        keys, values = transformed(source, time, None)
+        source, tokens = parent[index], encoder.encode(corpus.records[index])
+        time = transform.time_map(source, tokens)
+        if time.mask.any():
+            yield CalibrationSample(sample_id, tokens, time.mask, *transformed(source, time, None))
+
+
+def calibration_pairs(
+    transform: Transform, parent: KVStore, sample_ids: list[str], reference: KVStore | None
+) -> Iterator[tuple[Pair, Pair | None]]:
+    """What a projector is fitted on: the teacher's tensors on the student's tokens, with the student's own.
+
+    Only tokens that have a target.
+    """
+    import torch
+
+    for sample in calibration_samples(transform, parent, sample_ids, reference):
+        kept = torch.from_numpy(sample.mask)
         own = None
         if reference is not None:
-            mine = reference[reference.index_of[sample_id]]
+            mine = reference[reference.index_of[sample.sample_id]]
             assert mine.keys is not None
             assert mine.values is not None
             own = mine.keys[kept], mine.values[kept]
-        yield (keys[kept], values[kept]), own
+        yield (sample.keys[kept], sample.values[kept]), own
 
 
 def student_encoder(folder: str, chat_template: bool) -> Encoder:

@@ -100,7 +100,7 @@ def test_targets_straight_from_the_teacher_are_the_same_bits(tmp_path: Path, tin
         text = (folder / "corpus.jsonl").read_text()
         (folder / "corpus.jsonl").write_text(text.replace("5 + 5 = 10. ", "5 " * 400))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("kava.pipeline.run.CALIBRATION_PARTS", 3)
+            patch.setattr("kava.pipeline.parts.CALIBRATION_PARTS", 3)
             printed = kava("run", recipe, "--until", "project")
             assert "0 of 12" not in printed
             rows = {r["stage"]: r for r in json.loads(kava("status", recipe, "--json"))["stages"]}
@@ -120,7 +120,7 @@ def test_targets_straight_from_the_teacher_are_the_same_bits(tmp_path: Path, tin
     files = [{name: data for name, data in tree(s.path).items() if not name.endswith("zarr.json")} for s in (one, two)]
     assert files[0] == files[1]
     with pytest.MonkeyPatch.context() as patch:  # Cut off in the middle, it goes on.
-        patch.setattr("kava.pipeline.run.CALIBRATION_PARTS", 3)
+        patch.setattr("kava.pipeline.parts.CALIBRATION_PARTS", 3)
         two.drop_part(next(p for p in range(12) if p not in captured))
         assert "11 of 12 parts" in kava("status", recipe)
         kava("project", recipe)

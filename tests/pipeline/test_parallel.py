@@ -43,7 +43,7 @@ def test_threads_processes_and_clusters_write_the_same_bits(made: tuple[Path, di
     recipe, expected = made
     assert _again(recipe, None) == expected
     assert _again(recipe, "processes:2") == expected
-    with LocalCluster(n_workers=3, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=3, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster:
         assert _again(recipe, cluster.scheduler_address) == expected
 
 
@@ -63,7 +63,7 @@ def test_a_worker_that_dies_costs_only_its_part(made: tuple[Path, dict[str, byte
         killed.append(next(iter(cluster.workers.values())).pid)
         os.kill(killed[0], signal.SIGKILL)
 
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster:
         killer = threading.Thread(target=kill_one, args=(cluster,))
         killer.start()
         stage.make(cluster.scheduler_address)

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from kava.errors import RecipeError
+from kava.pipeline.parts import PART_BYTES, samples_per_part
 from kava.pipeline.recipe import load_recipe
-from kava.pipeline.run import PART_BYTES, samples_per_part
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAL: dict[str, Any] = {
