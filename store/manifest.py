@@ -89,6 +89,8 @@ class Manifest(_Strict):
     def fingerprint(self) -> str:
         """A digest of everything that determines the content."""
         content = self.model_dump(mode="json", exclude={*_NOT_CONTENT})
+        if not self.extras:  # As if there were no such field: stores from before it keep their fingerprint.
+            del content["extras"]
         return digest_json(content)
 
     @property
