@@ -41,6 +41,7 @@ def capture_store(
     *,
     parts: Sequence[int] | None = None,
     derive: Derive | None = None,
+    sources: dict[str, str] | None = None,
     on_text: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Captures every part of `store` that is not written yet.
@@ -53,6 +54,7 @@ def capture_store(
         settings: what to do with samples that are too long, and with parts that another backend made.
         parts: only these parts.
         derive: makes each sample of `store` of a captured one; then `store` need not hold the teacher's geometry.
+        sources: what each part records that it was made from.
         on_text: called with the bytes of text of each finished sample.
 
     Raises:
@@ -84,7 +86,7 @@ def capture_store(
                 record = corpus.records[indices[position]]
                 writer.append(position, _sample(record, tokens[position], captured))
                 on_text(len(record.text.encode()))
-            writer.commit(written_by=teacher.backend)
+            writer.commit(sources, written_by=teacher.backend)
 
 
 def _refuse_other_backends(store: KVStore, backend: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import UnsupportedModelError
 from ..store import ExtraArray, KVGeometry, Segment
-from ..tap import KVTap, decoder
+from ..tap import KVTap, decoder, sliding_window
 from .rope import RotaryTable, rotary_tables
 from .tokens import Tokens
 
@@ -123,7 +123,7 @@ class Signals:
             (_, at_answer), (_, at_rationale) = sides
             queries = turns[id(table)][0].rotate(tap.queries[layer][row, at_answer].float())
             keys = turns[id(table)][1].rotate(tap.keys[layer][row, at_rationale].float())
-            visible = _visible(asking, asked, _window(attention))
+            visible = _visible(asking, asked, sliding_window(attention))
             scale, cap = float(attention.scaling), getattr(attention, "attn_logit_softcapping", None)
             out.append(answer_attention(queries, keys, visible.to(keys.device), scale=scale, softcap=cap))
         return torch.stack(out, dim=1)
@@ -218,12 +218,6 @@ def answer_attention(
         logits = logits.amax(2).masked_fill(~visible[first : first + rows, None], float("-inf"))
         total += logits.softmax(-1).sum(0).T
     return total / max(len(queries), 1)
-
-
-def _window(attention: Any) -> int | None:
-    if hasattr(attention, "sliding_window"):
-        return attention.sliding_window  # type: ignore[no-any-return]
-    return getattr(attention.config, "sliding_window", None)
 
 
 def _visible(asking: np.ndarray[Any, Any], asked: np.ndarray[Any, Any], window: int | None) -> torch.Tensor:

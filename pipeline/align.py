@@ -15,6 +15,7 @@ from .resample import TimeMap, coverage, time_map
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..extract import Record, Tokens
     from .run import Run
 
 _COLOURS: Final = ("cyan", "yellow", "green", "magenta", "blue", "bright_cyan", "bright_yellow", "bright_green")
@@ -33,14 +34,13 @@ def print_alignment(store: KVStore, index: int, run: Run | None, out: Console) -
         )
     how = store.manifest.parameters.get("resample")
     if how is None:
-        raise StoreError(
-            f"{store.path} is a {store.manifest.kind} store, on its own tokens; --align shows a derived one"
-        )
-    source = _parent(store, run).sample(index, keys=False, values=False)
+        axis = "has slots, not tokens" if store.manifest.kind == "selected" else "is on the teacher's own tokens"
+        raise StoreError(f"{store.path} {axis}; --align shows a resampled or a target store")
     target = store.sample(index, keys=False, values=False)
     record = next((r for r in run.corpus.records if r.sample_id == target.sample_id), None)
     if record is None:
         raise StoreError(f"{store.path}: the recipe's corpus has no sample {target.sample_id!r}")
+    source = _source(store, index, run, record)
     time = time_map(how["method"], source, target, across_segments=how["across_segments"])
     out.print(f"sample {index}, id {target.sample_id}, {how['method']}", markup=False)
     counts = coverage(time, source, target).sum(0).tolist()
@@ -53,7 +53,8 @@ def print_alignment(store: KVStore, index: int, run: Run | None, out: Console) -
     out.print(Text("struck out: no target", style="red strike") + Text("; ␣ space, ⏎ line end", style="dim"))
 
 
-def _parent(store: KVStore, run: Run) -> KVStore:
+def _source(store: KVStore, index: int, run: Run, record: Record) -> KVSample | Tokens:
+    """The teacher's tokens: of the capture, or made again where that part was not kept."""
     wanted = store.manifest.parents.get("teacher")
     for name in run.recipe.teachers:
         try:
@@ -61,16 +62,19 @@ def _parent(store: KVStore, run: Run) -> KVStore:
         except StoreNotFoundError:
             continue
         if found.manifest.fingerprint == wanted:
-            return found
+            part = index // found.manifest.samples_per_part
+            if part in found.committed_parts():
+                return found.sample(index, keys=False, values=False)
+            return run.teacher_encoder(name).encode(record)
     raise StoreError(f"{store.path}: the capture it was made from ({wanted}) is not among the teachers in {run.root}")
 
 
-def _groups(source: KVSample, target: KVSample, time: TimeMap, text: bytes) -> Iterator[tuple[Text, Text]]:
+def _groups(source: KVSample | Tokens, target: KVSample, time: TimeMap, text: bytes) -> Iterator[tuple[Text, Text]]:
     """Shortest runs of whole tokens of either side with the same bytes, padded to one width."""
     heaviest: dict[int, tuple[float, int]] = {}
     for row, column, weight in zip(time.rows.tolist(), time.columns.tolist(), time.weights.tolist(), strict=True):
         heaviest[row] = max(heaviest.get(row, (0.0, -1)), (weight, column))
-    sides: list[tuple[KVSample, list[int]]] = [
+    sides: list[tuple[KVSample | Tokens, list[int]]] = [
         (s, np.flatnonzero(s.spans[:, 1] > s.spans[:, 0]).tolist()) for s in (source, target)
     ]
     ends = [set(s.spans[indices, 1].tolist()) for s, indices in sides]

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import UnsupportedModelError
-from ..extract.rope import RotaryTable, rotary_tables
-from ..tap import KVTap, decoder
+from ..extract.rope import RotaryTable, forget_longest_pass, rotary_tables
+from ..tap import KVTap, decoder, sliding_window
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,7 @@ class AttentionReplay:
         self._own: list[torch.Tensor] = []
         handles = [self._projection(a).register_forward_pre_hook(self._keep) for a in self._attentions]
         try:
+            forget_longest_pass(model)
             with torch.no_grad(), KVTap(model, queries=True) as tap:
                 decoder(model)(
                     input_ids=input_ids[None].to(device), position_ids=positions[None].to(device), use_cache=False
@@ -84,7 +85,7 @@ class AttentionReplay:
             scores = torch.tanh(scores / cap) * cap
         distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
         hidden = distance < 0
-        if window := getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)):
+        if window := sliding_window(attention):
             hidden = hidden | (distance >= window)
         shares = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         return torch.einsum("aqk,kad->qad", shares, values)

@@ -384,6 +384,8 @@ def _report(loaded: Any, teacher: str | None, scheduler: str | None) -> None:
         out.print(f"{name}: {found.source} -> {found.target}", markup=False)
         if not found.measured:
             out.print("not captured yet, nothing is measured")
+        elif not found.is_saved:
+            out.print("not saved: the targets that are there were made with another projector, and so are its files")
         if problem := found.attention.get("problem"):
             out.print(f"attention is not measured: {problem}", markup=False)
         _print_table(report_table(found))
@@ -394,10 +396,13 @@ def _drop_failed(loaded: Any, teacher: str | None) -> None:
     from ..store import KVStore
 
     for name in _teachers(loaded, teacher):
-        store = KVStore.open(loaded.teacher_path(name))
-        for part in store.committed_parts():
-            if store.part(part).failed:
-                store.drop_part(part)
+        paths = [loaded.teacher_path(name)]
+        if loaded.recipe.extract.keep == "target" and loaded.target_path(name).exists():
+            paths.append(loaded.target_path(name))  # Of most parts there is no capture; kava project asks the teacher.
+        for store in map(KVStore.open, paths):
+            for part in store.committed_parts():
+                if store.part(part).failed:
+                    store.drop_part(part)
 
 
 def _print_table(table: Table) -> None:

@@ -6,14 +6,52 @@ bit for bit, those of a capture that was kept: rounding to the capture's dtype, 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ..errors import SampleFailedError
-from ..store import DTYPES, Derive, KVSample, Manifest
+from ..extract import CaptureSettings, Corpus, Encoder, Teacher, capture_store
+from ..store import DTYPES, Derive, KVSample, KVStore, Manifest
 from .transform import Transform
+
+
+def capture_targets(
+    transform: Transform,
+    store: KVStore,
+    corpus: Corpus,
+    encoder: Encoder,
+    teacher: Teacher,
+    settings: CaptureSettings,
+    *,
+    parts: Sequence[int],
+    on_text: Callable[[int], None],
+) -> None:
+    """Writes targets of samples as the teacher gives them; see `capture_store`.
+
+    Raises:
+        StageError: if the corpus changed since the capture of the calibration.
+    """
+    import torch
+
+    derive = derive_directly(transform, KVStore.open(transform.parent).manifest)
+    threads = torch.get_num_threads()
+    try:
+        capture_store(
+            store,
+            corpus,
+            encoder,
+            teacher,
+            settings,
+            parts=parts,
+            derive=derive,
+            sources=transform.sources,
+            on_text=on_text,
+        )
+    finally:
+        torch.set_num_threads(threads)
 
 
 def derive_directly(transform: Transform, capture: Manifest) -> Derive:
@@ -30,6 +68,11 @@ def derive_directly(transform: Transform, capture: Manifest) -> Derive:
     dtype = DTYPES[capture.dtype].torch_dtype
 
     def derived(sample: KVSample) -> tuple[KVSample, np.ndarray[Any, Any]]:
+        import torch
+
+        # As in `run_parts`: products are not the same bits with another number of threads. It counts for the thread
+        # that writes, which this is; the teacher computes on its own with as many as before.
+        torch.set_num_threads(1)
         assert sample.keys is not None
         assert sample.values is not None
         rounded = replace(sample, keys=sample.keys.to(dtype), values=sample.values.to(dtype))

@@ -21,7 +21,11 @@ class GenerateStage(Stage):
     """The corpus that a teacher writes."""
 
     name = "generate"
-    costly = True
+
+    @property
+    def costly(self) -> bool:
+        """Yes."""
+        return True
 
     @property
     def output(self) -> Path:

@@ -229,7 +229,7 @@ class Calibration:
         source: KVGeometry,
         target: KVGeometry | None,
         wanted: Wanted,
-        pairs: Iterable[tuple[Pair, Pair | None]],
+        pairs: Iterable[tuple[Pair, Pair | None] | None],
     ) -> Calibration:
         """Reads the pairs of the teacher's and the student's own tensors once, in order.
 
@@ -237,14 +237,17 @@ class Calibration:
             source: the teacher's geometry.
             target: the student's; None to look at the teacher alone.
             wanted: blocks to keep.
-            pairs: one of each sample, only rows that have a target.
+            pairs: one of each sample, only rows that have a target; None for a sample that failed.
 
         Raises:
             AlignmentError: if the student's are wanted and not there.
         """
         fit, heldout = ({name: Gram(source, target, wanted) for name in NAMES} for _ in range(2))
         found = cls(fit, heldout)
-        for number, (teacher, student) in enumerate(pairs):
+        for number, pair in enumerate(pairs):
+            if pair is None:
+                continue
+            teacher, student = pair
             side = "heldout" if is_held_out(number) else "fit"
             found.samples[side] += 1
             if target is not None and student is None:

@@ -61,7 +61,8 @@ def _run_distributed(
     work: Callable[[int], int], parts: Sequence[int], scheduler: str, on_part: Callable[[int], None]
 ) -> None:
     try:
-        from distributed import KilledWorker, as_completed
+        from distributed import CancelledError, KilledWorker, as_completed
+        from distributed.comm import CommClosedError
     except ImportError:
         raise KavaError("--scheduler needs dask.distributed: pip install 'kava[distributed]'") from None
     with _client(scheduler) as client:
@@ -69,6 +70,10 @@ def _run_distributed(
         for future in as_completed(futures):
             try:
                 result = future.result()
+            except (CancelledError, CommClosedError) as error:
+                raise RetryLaterError(
+                    f"--scheduler {scheduler} went away: {error}; finished parts are kept, the same command goes on"
+                ) from None
             except KilledWorker as error:
                 raise RetryLaterError(
                     f"--scheduler {scheduler}: workers died again and again (out of memory?): {error}; finished parts "

@@ -32,7 +32,7 @@ def fit_projector(
     scale: str = "own",
     ridge: Sequence[float] = RIDGE,
     top_k: int = 4,
-    pairs: Iterable[tuple[Pair, Pair | None]] = (),
+    pairs: Iterable[tuple[Pair, Pair | None] | None] = (),
     seed: int = 0,
 ) -> Projector:
     """Fits one affine map per student layer, for keys and for values.

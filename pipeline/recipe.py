@@ -293,7 +293,7 @@ def _explain(error: Any) -> str:
         return f"{key!r} is missing"
     message = error["msg"].removeprefix("Value error, ")
     given = "" if error["type"] in ("value_error", "missing") else f" (got {error['input']!r})"
-    return f"{key}: {message}{given}"
+    return f"{key}: {message}{given}" if key else message
 
 
 _TAGS = ("str", "int", "ByteLevelBPE", "list[union[int,list[int]]]")

@@ -48,6 +48,12 @@ class ProjectionReport:
     layers: LayerMap
     settings: dict[str, Any]
     """How it is made: `heads`, `per`, `scale`, and what the fit chose."""
+    made_for: str = ""
+    """The fingerprint of the targets that it makes."""
+    is_saved: bool = False
+    """Whether it is the one in `projectors/`; not if there are targets that another one made."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """Of those targets: layer rule, resampling, calibration, seed."""
     measured: dict[str, Any] = field(default_factory=dict)
     """`calibration`, `diagnostics` and `cka`, see `diagnostics.measure`; empty before the teacher is captured."""
     attention: dict[str, Any] = field(default_factory=dict)
@@ -108,14 +114,14 @@ def make_report(run: Run, teacher: str) -> ProjectionReport:
             teacher, str(source), str(run.student_geometry), source.num_layers, layers, settings=settings
         )
     projector = stage.fitted(parent)
-    stage.keep(projector)
+    kept = stage.keep(projector)
     reference, transform = KVStore.open(run.reference_path), stage.transform(parent)
     ids = [record.sample_id for record in run.calibration.records]
     wanted = Wanted.for_map(projector.layers) | Wanted.for_cka(projector.source, projector.target)
     pairs = calibration_pairs(transform, parent, ids, reference)
     calibration = Calibration.gather(projector.source, projector.target, wanted, pairs)
     samples = enumerate(calibration_samples(transform, parent, ids, reference))
-    heldout = list(islice((sample for number, sample in samples if is_held_out(number)), ATTENTION_SAMPLES))
+    heldout = list(islice((sample for number, sample in samples if sample and is_held_out(number)), ATTENTION_SAMPLES))
     return ProjectionReport(
         teacher,
         str(projector.source),
@@ -125,6 +131,9 @@ def make_report(run: Run, teacher: str) -> ProjectionReport:
         settings={
             k: projector.card[k] for k in ("heads", "per", "scale", "layers_by", "penalties") if k in projector.card
         },
+        made_for=projector.card["made_for"],
+        is_saved=kept,
+        parameters=stage.manifest().parameters,
         measured=measure(projector, calibration),
         attention=_attention(run, projector, calibration, heldout),
     )

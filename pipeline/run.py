@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import AlignmentError, StageError
+from ..errors import AlignmentError, CorpusError, ModelNotFoundError, StageError
 from ..extract import Corpus, CorpusSettings, Encoder, load_corpus
 from ..extract.corpus import HeldoutSettings
 from ..extract.generate import GenerateSettings
@@ -117,6 +117,27 @@ class Run(Places):
     def _calibration(self) -> tuple[list[int], list[int]]:
         project, train = self.recipe.project, self.corpus.split(Split.TRAIN)
         return draw_calibration(train, len(self.corpus), self._part_size, project.calibration_samples, project.seed)
+
+    def refuse_misfits(self, name: str) -> None:
+        """Finds out before a capture what would be found out after it, as far as the shapes tell.
+
+        Raises:
+            AlignmentError: if the projection that the recipe asks for cannot be made for this teacher and student.
+        """
+        if not self.corpus.split(Split.TRAIN):
+            raise CorpusError(f"corpus {self.recipe.corpus.path}: every sample is held out, none is left to train on")
+        try:
+            source, target = self.teacher_geometry(name), self.planned_student_geometry()
+        except ModelNotFoundError:  # The student may be on another machine.
+            return
+        project = self.recipe.project
+        layers = layer_map(project.layers, source.num_layers, target.num_layers)
+        alike = source.shape[1:] == target.shape[1:] and all(len(s) == 1 for s in layers or [[0]])
+        if project.heads == "identity" and not alike:
+            raise AlignmentError(
+                f"project.heads: identity needs equal heads and head_dim and one teacher layer for each, not {source} "
+                f"onto {target}; use procrustes, cca or pca"
+            )
 
     @property
     def _part_size(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from ..errors import PartExistsError, StageError
+from ..errors import StageError
 from ..extract.rope import RotaryTable, rotary_tables
 from ..hub import ModelSource, load_config
 from ..store import SEGMENTS, ExtraArray, KVSample, KVStore, Manifest, Split, default_page_tokens
 from ..store.dtypes import dtype_of
 from .select import Candidates, Selector
-from .store_stages import TransformStage
-from .transform import load_projector
+from .store_stages import ProjectStage, TransformStage
+from .transform import load_projector, open_unchanged
 
 if TYPE_CHECKING:
     from .recipe import SelectSettings
@@ -35,6 +34,8 @@ class Selection:
     """The teacher store."""
     out: str
     """The store to write; it exists."""
+    fingerprint: str
+    """Of that store: another one in its place is not written to."""
     selector: Selector
     segment: int
     """Tokens of this segment are candidates."""
@@ -42,10 +43,12 @@ class Selection:
     """The teacher, to rotate keys as it does before they are compared; None to compare them as stored."""
     projector: str | None
     """The fitted projector; None to stay in the teacher's geometry."""
+    calibration: str = ""
+    """What the projector was fitted on; empty if on nothing, or if there is none."""
 
     def __call__(self, part: int) -> int:
         """Writes one part and returns its number."""
-        parent, out = KVStore.open(self.parent), KVStore.open(self.out)
+        parent, out = KVStore.open(self.parent), open_unchanged(self.out, self.fingerprint)
         reader = parent.part(part)
         with out.write_part(part) as writer:
             for position in reader.order:
@@ -60,8 +63,7 @@ class Selection:
                     writer.fail(position, sample_id, split, "no importance to select by: the sample has no answer")
                     continue
                 writer.append(position, self.slots(source, places))
-            with suppress(PartExistsError):  # Given out twice, after a worker was taken for dead: the same bits.
-                writer.commit({"parent": reader.digest})
+            writer.commit({"parent": reader.digest, **({"calibration": self.calibration} if self.calibration else {})})
         return part
 
     def slots(self, source: KVSample, places: np.ndarray[Any, Any]) -> KVSample:
@@ -172,16 +174,23 @@ class SelectStage(TransformStage):
         return Selection(
             parent=str(parent.path.resolve()),
             out=str(self.output.resolve()),
+            fingerprint=self.manifest().fingerprint,
             selector=selector,
             segment=int(SEGMENTS[settings.segment]),
             rotary=self.run.teacher_source(self._teacher) if rotated else None,
             projector=self._projector() if settings.geometry == "student" else None,
+            calibration=self.calibration(),
         )
+
+    def calibration(self) -> str:
+        """What the projector that is applied was fitted on."""
+        if self._settings.geometry == "teacher":
+            return ""
+        return ProjectStage(self.run, self._teacher).calibration()
 
     def _projector(self) -> str:
         path = self.run.projector_path(self._teacher)
-        wanted = self.run.target_manifest(self._teacher).fingerprint
-        if not path.exists() or load_projector(str(path.resolve())).card.get("made_for") != wanted:
+        if not ProjectStage(self.run, self._teacher).is_fitted():
             raise StageError(
                 f"{path} is not fitted for this recipe yet, which select.geometry: student needs; kava project"
             )

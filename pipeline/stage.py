@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ..errors import StageError, StoreNotFoundError
+from ..errors import AlignmentError, StageError, StoreNotFoundError
 from ..store.files import disk_errors
 from .run import Run
 
@@ -28,12 +28,14 @@ class Stage(ABC):
     """One output of a run."""
 
     name: ClassVar[str]
-    costly: ClassVar[bool] = False
-    """Its output is not replaced without `--force`."""
-
     run: Run
     teacher: str | None = None
     """Stages that exist once per teacher."""
+
+    @property
+    def costly(self) -> bool:
+        """Whether its output is not replaced without `--force`."""
+        return False
 
     @property
     def label(self) -> str:
@@ -44,6 +46,13 @@ class Stage(ABC):
     def _teacher(self) -> str:
         assert self.teacher is not None
         return self.teacher
+
+    def check(self) -> None:  # noqa: B027  # Most outputs need no check.
+        """Makes sure that the output can be made, before the one that is there is thrown away.
+
+        Raises:
+            KavaError: if it cannot.
+        """
 
     @property
     @abstractmethod
@@ -62,7 +71,7 @@ class Stage(ABC):
         """The state of the output."""
         try:
             return self.inspect()
-        except (StageError, StoreNotFoundError) as error:
+        except (AlignmentError, StageError, StoreNotFoundError) as error:
             state: State = "stale" if self.output.exists() else "blocked"
             return Status(state, str(error))
 

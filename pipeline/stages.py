@@ -57,7 +57,11 @@ class TrainStage(Stage):
     """A trained student."""
 
     name = "train"
-    costly = True
+
+    @property
+    def costly(self) -> bool:
+        """Yes."""
+        return True
 
     @property
     def output(self) -> Path:
@@ -138,6 +142,7 @@ def run_stages(
     """
     for stage in stages:
         if stage.name in force:
+            stage.check()
             stage.discard()
         status = stage.status()
         if status.state == "complete":
@@ -152,6 +157,7 @@ def run_stages(
                     "again, or write elsewhere (run_dir, train.name)"
                 )
             say(stage.label, f"stale ({status.detail}), made again")
+            stage.check()
             stage.discard()
         say(stage.label, stage.make(scheduler))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,8 @@ from ..errors import KavaError, StageError, StoreError, StoreNotFoundError
 from ..extract import Corpus, Encoder, Teacher, capture_store
 from ..extract.generate import Writer
 from ..progress import progress
-from ..store import Derive, KVStore, Manifest
-from .direct import derive_directly
+from ..store import KVStore, Manifest, digest_json
+from .direct import capture_targets
 from .parallel import run_parts
 from .project import fit_projector
 from .projector import Projector
@@ -65,26 +66,38 @@ class StoreStage(Stage):
         return sorted(set(self.wanted(store.manifest)) & set(store.missing_parts()))
 
     def outdated(self, store: KVStore) -> list[int]:
-        """Parts that were made from a parent part which is another one now."""
+        """Parts that were made from a parent part which is another one now, or with a map fitted on other parts."""
         try:
             parent = self.parent()
         except StoreNotFoundError:  # Removed to save space: what was made from it stays good.
             return []
         if parent is None:
             return []
-        there = set(parent.committed_parts())
-        return [
-            number
-            for number in store.committed_parts()
-            if number in there and store.part(number).sources.get("parent") != _part_digest(parent, number)
-        ]
+        there, calibration = set(parent.committed_parts()), None
+        with suppress(StoreNotFoundError):  # The reference may be gone too.
+            calibration = self.calibration()
+        found = []
+        for number in store.committed_parts():
+            sources = store.part(number).sources
+            refitted = calibration not in (None, sources.get("calibration", ""))
+            if refitted or (number in there and sources.get("parent") != _part_digest(parent, number)):
+                found.append(number)
+        return found
+
+    def calibration(self) -> str:
+        """A digest of what was fitted for this store; empty if nothing was."""
+        return ""
 
 
 class ExtractStage(StoreStage):
     """The capture of one teacher."""
 
     name = "extract"
-    costly = True
+
+    @property
+    def costly(self) -> bool:
+        """Yes."""
+        return True
 
     @property
     def output(self) -> Path:
@@ -103,6 +116,7 @@ class ExtractStage(StoreStage):
 
     def make(self, scheduler: str | None) -> str:
         """Runs the teacher over the parts that are missing."""
+        self.run.refuse_misfits(self._teacher)
         store = KVStore.create(self.output, self.manifest())
         with open_teacher(self.run, self._teacher) as teacher:
             _capture(self, store, self.run.corpus, self.run.teacher_encoder(self._teacher), teacher)
@@ -141,15 +155,19 @@ class TransformStage(StoreStage):
     def make(self, scheduler: str | None) -> str:
         """Runs the transform over the parts that are missing or outdated."""
         parent = self.complete_parent()
+        transform = self.prepare(parent)  # Before anything is dropped: the fit may fail.
         store = KVStore.create(self.output, self.manifest())
         for number in self.outdated(store):
             store.drop_part(number)
-        transform = self.prepare(parent)
         missing, there = store.missing_parts(), set(parent.committed_parts())
         ready = [part for part in missing if part in there]
         with progress(self.label, len(ready), "parts") as advance:
             run_parts(transform, ready, scheduler=scheduler, on_part=lambda part: advance(1))
         return _describe(store)
+
+    def check(self) -> None:
+        """The parent is complete, and what is to be fitted can be."""
+        self.prepare(self.complete_parent())
 
     def complete_parent(self) -> KVStore:
         """The parent store, with all parts that are needed.
@@ -194,7 +212,8 @@ class ResampleStage(TransformStage):
 
     def prepare(self, parent: KVStore) -> Transform:
         """Time only."""
-        return _transform(self.run, parent, self.output, self.run.recipe.resample.method, None)
+        method = self.run.recipe.resample.method
+        return _transform(self.run, parent, self.output, self.manifest().fingerprint, method)
 
 
 class ProjectStage(TransformStage):
@@ -217,6 +236,11 @@ class ProjectStage(TransformStage):
         path = self.run.resampled_path if materialized else self.run.teacher_path
         return KVStore.open(path(self._teacher))
 
+    @property
+    def costly(self) -> bool:
+        """With `extract.keep: target`: then most targets come straight from a teacher."""
+        return self.run.recipe.extract.keep == "target"
+
     def needed(self, parent: Manifest) -> list[int]:
         """All parts, or with `extract.keep: target` those of the calibration."""
         if self.run.recipe.extract.keep == "target":
@@ -231,30 +255,28 @@ class ProjectStage(TransformStage):
             return line
         if run.teacher_manifest(self._teacher).fingerprint != parent.manifest.fingerprint:
             raise StageError(f"{parent.path} was captured from another teacher or corpus than the recipe's now")
-        derive = derive_directly(self.prepare(parent), parent.manifest)
+        transform = self.prepare(parent)
         with open_teacher(run, self._teacher) as teacher:
-            _capture(self, store, run.corpus, run.teacher_encoder(self._teacher), teacher, derive=derive)
+            _capture(self, store, run.corpus, run.teacher_encoder(self._teacher), teacher, transform=transform)
         return _describe(store)
 
     def prepare(self, parent: KVStore) -> Transform:
         """With the projector, which is saved."""
         projector = self.fitted(parent)
         projector.save(path := self.run.projector_path(self._teacher))
-        return replace(self.transform(parent), projector=str(path.resolve()))
+        return replace(self.transform(parent), projector=str(path.resolve()), calibration=self.calibration())
 
     def transform(self, parent: KVStore) -> Transform:
         """Time only: what the projector is applied to, and fitted on."""
         recipe = self.run.recipe
         resampler = None if recipe.resample.materialize else recipe.resample.method
-        return _transform(self.run, parent, self.output, resampler, None)
+        return _transform(self.run, parent, self.output, self.manifest().fingerprint, resampler)
 
     def fitted(self, parent: KVStore) -> Projector:
         """The projector on disk if it was fitted for this very store, else one that is fitted now."""
         run, settings = self.run, self.run.recipe.project
-        path = run.projector_path(self._teacher)
-        wanted = self.manifest().fingerprint
-        if path.exists() and _card(path).get("made_for") == wanted:
-            return Projector.load(path)
+        if self.is_fitted():
+            return Projector.load(run.projector_path(self._teacher))
         reference = KVStore.open(run.reference_path) if run.needs_reference else None
         ids = [record.sample_id for record in run.calibration.records]
         projector = fit_projector(
@@ -269,17 +291,37 @@ class ProjectStage(TransformStage):
             pairs=calibration_pairs(self.transform(parent), parent, ids, reference),
             seed=settings.seed,
         )
-        projector.card["made_for"] = wanted
+        projector.card.update(made_for=self.manifest().fingerprint, calibration_parts=self.calibration())
         return projector
 
-    def keep(self, projector: Projector) -> None:
-        """Saves a projector unless there are targets that another one made."""
+    def is_fitted(self) -> bool:
+        """Whether the projector on disk was fitted for this very store, on the calibration as it is now."""
+        card = _card(self.run.projector_path(self._teacher))
+        return card.get("made_for") == self.manifest().fingerprint and (
+            card.get("calibration_parts") == self.calibration()
+        )
+
+    def calibration(self) -> str:
+        """A digest of the parts that the projector is fitted on; empty if it is fitted on nothing."""
+        if "calibration" not in self.manifest().parameters["project"]:
+            return ""
+        parent = self.parent()
+        digests = [_part_digest(parent, number) for number in self.run.calibration_parts]
+        if self.run.needs_reference:
+            reference = KVStore.open(self.run.reference_path)
+            digests += [_part_digest(reference, number) for number in reference.committed_parts()]
+        return digest_json(digests)
+
+    def keep(self, projector: Projector) -> bool:
+        """Saves a projector unless there are targets that another one made; returns whether it did."""
         try:
             made = KVStore.open(self.output).manifest.fingerprint
         except StoreNotFoundError:
             made = projector.card["made_for"]
-        if made == projector.card["made_for"]:
-            projector.save(self.run.projector_path(self._teacher))
+        if made != projector.card["made_for"]:
+            return False
+        projector.save(self.run.projector_path(self._teacher))
+        return True
 
 
 def open_teacher(run: Run, name: str) -> Teacher:
@@ -332,23 +374,26 @@ def _capture(
     encoder: Encoder,
     teacher: Teacher,
     *,
-    derive: Derive | None = None,
+    transform: Transform | None = None,
 ) -> None:
-    if derive is None and teacher.geometry != store.geometry:
+    if transform is None and teacher.geometry != store.geometry:
         raise KavaError(f"{stage.label}: the loaded model has {teacher.geometry}, its config promised {store.geometry}")
     parts, settings = stage.missing(store), stage.run.recipe.extract
     samples = [index for part in parts for index in store.manifest.part_samples(part)]
     total = sum(len(corpus.records[index].text.encode()) for index in samples)
     # Text length is known at once, tokens only part by part: the bar counts bytes of text.
     with progress(stage.label, total, "bytes of text") as advance:
-        capture_store(store, corpus, encoder, teacher, settings, parts=parts, derive=derive, on_text=advance)
+        if transform is None:
+            capture_store(store, corpus, encoder, teacher, settings, parts=parts, on_text=advance)
+        else:
+            capture_targets(transform, store, corpus, encoder, teacher, settings, parts=parts, on_text=advance)
 
 
 def _student_encoder(run: Run) -> Encoder:
     return student_encoder(str(run.student_dir.resolve()), run.recipe.student.chat_template)
 
 
-def _transform(run: Run, parent: KVStore, out: Path, resampler: str | None, projector: Path | None) -> Transform:
+def _transform(run: Run, parent: KVStore, out: Path, fingerprint: str, resampler: str | None) -> Transform:
     return Transform(
         parent=str(parent.path.resolve()),
         out=str(out.resolve()),
@@ -357,7 +402,8 @@ def _transform(run: Run, parent: KVStore, out: Path, resampler: str | None, proj
         chat_template=run.recipe.student.chat_template,
         resampler=resampler,
         across_segments=run.recipe.resample.across_segments,
-        projector=None if projector is None else str(projector.resolve()),
+        fingerprint=fingerprint,
+        projector=None,
     )
 
 

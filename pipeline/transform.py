@@ -7,7 +7,6 @@ the parent part, so that a part captured again makes exactly its own targets sta
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import PartExistsError, StageError
+from ..errors import StageError
 from ..extract import Corpus, CorpusSettings, Encoder, load_corpus
 from ..hub import find_model, load_tokenizer
 from ..store import Derive, ExtraArray, KVSample, KVStore, Manifest, Split
@@ -37,6 +36,8 @@ class Transform:
     """The store to read."""
     out: str
     """The store to write; it exists."""
+    fingerprint: str
+    """Of that store: another one in its place is not written to."""
     corpus: CorpusSettings
     student: str
     """The folder with the student's tokenizer."""
@@ -46,10 +47,16 @@ class Transform:
     across_segments: bool
     projector: str | None
     """The fitted projector; None to change time only."""
+    calibration: str = ""
+    """What the projector was fitted on, which every part records; empty if on nothing."""
 
     def __call__(self, part: int) -> int:
-        """Writes one part and returns its number."""
-        parent, out = KVStore.open(self.parent), KVStore.open(self.out)
+        """Writes one part and returns its number.
+
+        Raises:
+            StageError: if the store, the projector or the corpus is another one by now.
+        """
+        parent, out = KVStore.open(self.parent), open_unchanged(self.out, self.fingerprint)
         reader, derive = parent.part(part), self.derive(parent.manifest)
         with out.write_part(part) as writer:
             for position in reader.order:
@@ -58,10 +65,16 @@ class Transform:
                     writer.fail(position, reader.ids[position], split, reader.failed[position])
                     continue
                 made, met = derive(reader.sample(position, extras=False))
-                writer.append(position, made, coverage=met)
-            with suppress(PartExistsError):  # Given out twice, after a worker was taken for dead: the same bits.
-                writer.commit({"parent": reader.digest})
+                writer.append(position, made, coverage=None if self.resampler is None else met)
+            # On the parent's own time axis, how that one met the teacher's is what there is to know.
+            known = reader.coverage if self.resampler is None else None
+            writer.commit({"parent": reader.digest, **self.sources}, coverage=known)
         return part
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """What every part was made from beside its parent."""
+        return {"calibration": self.calibration} if self.calibration else {}
 
     def derive(self, parent: Manifest) -> Derive:
         """What makes a sample of `out` of a sample of a store with the manifest `parent`.
@@ -74,6 +87,8 @@ class Transform:
             raise StageError(f"{self.parent} was made from another corpus than {self.corpus.path} holds now")
         encoder = student_encoder(self.student, self.chat_template)
         projector = None if self.projector is None else load_projector(self.projector)
+        if projector is not None and projector.card.get("made_for") != self.fingerprint:
+            raise StageError(f"{self.projector} was replaced by that of another run meanwhile; run one at a time")
         signals = inherited_extras(parent)
         records = {record.sample_id: record for record in corpus.records}
 
@@ -106,6 +121,18 @@ class Transform:
                 f"{self.parent}: sample {source.sample_id!r} is not on this student's tokens; resample it again"
             )
         return identity_map(len(tokens), source.mask)
+
+
+def open_unchanged(path: str, fingerprint: str) -> KVStore:
+    """The store at `path`.
+
+    Raises:
+        StageError: if it is not the one of this fingerprint any more.
+    """
+    store = KVStore.open(path)
+    if store.manifest.fingerprint != fingerprint:
+        raise StageError(f"{path} was replaced by that of another run meanwhile; run one at a time")
+    return store
 
 
 def inherited_extras(parent: Manifest) -> dict[str, ExtraArray]:
@@ -145,27 +172,29 @@ class CalibrationSample:
 
 def calibration_samples(
     transform: Transform, parent: KVStore, sample_ids: list[str], reference: KVStore | None
-) -> Iterator[CalibrationSample]:
+) -> Iterator[CalibrationSample | None]:
     """The samples that a projector is fitted and measured on, in order.
 
-    Samples that failed on either side, or have no token with a target, are left out.
+    None stands for one that failed on either side, or has no token with a target: so which samples are held out does
+    not depend on which failed.
     """
     corpus = _corpus(transform.corpus, _stamp(transform.corpus.path))
     encoder = student_encoder(transform.student, transform.chat_template)
     failed = {*parent.failed, *(reference.failed if reference else ())}
     for sample_id in sample_ids:
         if sample_id in failed:
+            yield None
             continue
         index = parent.index_of[sample_id]
         source, tokens = parent[index], encoder.encode(corpus.records[index])
         time = transform.time_map(source, tokens)
-        if time.mask.any():
-            yield CalibrationSample(sample_id, tokens, time.mask, *transformed(source, time, None))
+        found = transformed(source, time, None) if time.mask.any() else None
+        yield None if found is None else CalibrationSample(sample_id, tokens, time.mask, *found)
 
 
 def calibration_pairs(
     transform: Transform, parent: KVStore, sample_ids: list[str], reference: KVStore | None
-) -> Iterator[tuple[Pair, Pair | None]]:
+) -> Iterator[tuple[Pair, Pair | None] | None]:
     """What a projector is fitted on: the teacher's tensors on the student's tokens, with the student's own.
 
     Only tokens that have a target.
@@ -173,6 +202,9 @@ def calibration_pairs(
     import torch
 
     for sample in calibration_samples(transform, parent, sample_ids, reference):
+        if sample is None:
+            yield None
+            continue
         kept = torch.from_numpy(sample.mask)
         own = None
         if reference is not None:

@@ -139,16 +139,23 @@ class PartWriter:
         self._claim(position, sample_id, split)
         self._record(position, reason)
 
-    def commit(self, sources: dict[str, str] | None = None, *, written_by: str = "") -> Path:
+    def commit(
+        self,
+        sources: dict[str, str] | None = None,
+        *,
+        written_by: str = "",
+        coverage: list[list[int]] | None = None,
+    ) -> Path:
         """Flushes the part and renames it into place.
 
         Args:
             sources: the digests of the parent parts this part was made from.
             written_by: what computed it, for provenance.
+            coverage: that of the parent part, where this one is on the same time axis.
 
         Raises:
             StoreError: if a sample is missing.
-            PartExistsError: if the part is there already.
+            PartExistsError: if the part is there already, with other content.
         """
         if missing := np.flatnonzero(self._length < 0).tolist():
             raise StoreError(f"part {self.index}: samples at positions {missing[:5]} were not written")
@@ -163,7 +170,7 @@ class PartWriter:
                 "sources": sources or {},
                 "written_by": written_by,
                 "statistics": self._statistics(),
-                "coverage": None if self._coverage is None else self._coverage.tolist(),
+                "coverage": coverage if self._coverage is None else self._coverage.tolist(),
                 "files": file_table(self._folder),
             }
             attributes["digest"] = digest_json(attributes)
@@ -173,6 +180,8 @@ class PartWriter:
             try:
                 self._folder.rename(final)
             except OSError as error:
+                if _digest_of(final) == attributes["digest"]:  # Given out twice, after a worker was taken for dead.
+                    return final
                 if final.exists():
                     raise PartExistsError(f"{final} was written by another process meanwhile; it was kept") from error
                 raise
@@ -380,6 +389,13 @@ class PartReader:
         if attributes["store"] != self.manifest.fingerprint or attributes["index"] != self.index:
             raise DamagedStoreError(f"{self.path}: this part belongs to another store or place")
         return attributes
+
+
+def _digest_of(folder: Path) -> str | None:
+    try:
+        return str(json.loads((folder / "zarr.json").read_text())["attributes"]["kava_part"]["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def remove_leftovers(root: Path) -> None:

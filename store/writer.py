@@ -76,12 +76,12 @@ class BackgroundWriter:
         """Queues the record of a failed sample."""
         self._put(lambda: self._current.fail(position, sample_id, split, reason))
 
-    def commit(self, *, written_by: str = "") -> None:
+    def commit(self, sources: dict[str, str] | None = None, *, written_by: str = "") -> None:
         """Queues the commit of the current part; see `PartWriter.commit`."""
 
         def job() -> None:
             part = self._current
-            part.commit(written_by=written_by)
+            part.commit(sources, written_by=written_by)
             self._part = None
             self.on_commit(part.index)
 

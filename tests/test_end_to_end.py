@@ -289,7 +289,7 @@ def test_two_token_rows_against_each_other(done: Path) -> None:
     assert all(text >= matched for text, matched, _ in store.coverage().values())
     assert store.coverage().keys() == {"prompt", "rationale", "answer"}
     teacher = done.parent / "run/teachers/big.zarr"
-    assert "on its own tokens; --align shows a derived one" in kava("inspect", teacher, "--align", "r3", code=2)
+    assert "is on the teacher's own tokens; --align shows" in kava("inspect", teacher, "--align", "r3", code=2)
 
 
 def test_verify_names_the_damage(done: Path, tmp_path: Path) -> None:

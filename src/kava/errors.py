@@ -64,6 +64,10 @@ class HubUnreachableError(ModelNotFoundError):
         )
         self.name = name
 
+    def __reduce__(self) -> tuple[type[HubUnreachableError], tuple[str]]:
+        """From another process it comes back by its name; the text is made of that."""
+        return type(self), (self.name,)
+
 
 class BackendNotInstalledError(KavaError, ImportError):
     """The engine that the recipe asks for is not installed, or not in a version that is supported."""

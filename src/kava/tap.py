@@ -92,6 +92,14 @@ def attention_layout(config: Any) -> AttentionLayout:
     return ATTENTION_LAYOUTS[config.model_type]
 
 
+def sliding_window(attention: Any) -> int | None:
+    """How many tokens an attention module sees, its own among them; None for all before it."""
+    if not getattr(attention, "is_sliding", True):
+        return None
+    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+    return None if window is None else int(window)
+
+
 class KVTap:
     """Collects pre-RoPE keys and values of every forward pass while it is open, with their gradient.
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fixtures.models import ARCHITECTURES, OPTIONS, UNROTATED, tiny_config, tiny_model
+from fixtures.models import ARCHITECTURES, OPTIONS, own_rotation, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config
 
 from kava.errors import AlignmentError, UnsupportedModelError
@@ -35,23 +34,6 @@ def _own_cache(model: Any, tokens: Tokens) -> list[tuple[torch.Tensor, torch.Ten
     return [(layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)) for layer in cache.layers]
 
 
-def _rotate(model: Any, keys: torch.Tensor, layer: int) -> torch.Tensor:
-    """Pre-RoPE keys `[t, h, d]` of a layer, rotated by the model's own table and function."""
-    if layer in UNROTATED.get(model.config.model_type, ()):
-        return keys
-    base = decoder(model)
-    position_ids = torch.arange(keys.shape[0])[None]
-    kinds = getattr(model.config, "layer_types", None)
-    per_layer = isinstance(next(iter(model.config.rope_parameters.values())), dict)
-    extra = (kinds[layer],) if per_layer and kinds else ()
-    cos, sin = base.rotary_emb(keys[None], position_ids, *extra)
-    module = importlib.import_module(type(base).__module__)
-    heads, width = keys.transpose(0, 1)[None], cos.shape[-1]
-    turned, rest = heads[..., :width], heads[..., width:]
-    rotated = torch.cat([module.apply_rotary_pos_emb(turned, turned, cos, sin)[1], rest], dim=-1)
-    return rotated[0].transpose(0, 1)
-
-
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 @pytest.mark.parametrize("model_type", [*ARCHITECTURES, *OPTIONS])
 def test_captured_equals_the_models_own_cache_in_float32(model_type: str, padding_side: Any) -> None:
@@ -64,7 +46,7 @@ def test_captured_equals_the_models_own_cache_in_float32(model_type: str, paddin
         keys, values = found[index].keys, found[index].values
         assert keys.shape == (len(tokens), *teacher.geometry.shape)
         for layer, (own_keys, own_values) in enumerate(_own_cache(model, tokens)):
-            torch.testing.assert_close(_rotate(model, keys[:, layer], layer), own_keys, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(own_rotation(model, keys[:, layer], layer), own_keys, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(values[:, layer], own_values, rtol=1e-5, atol=1e-5)
         if len(tokens) > 1:  # The check can fail: without rotation the keys are others.
             assert (keys[1:, 0] - _own_cache(model, tokens)[0][0][1:]).abs().max() > 1e-2
@@ -80,7 +62,7 @@ def test_captured_equals_the_models_own_cache_in_bfloat16(model_type: str) -> No
     assert keys.dtype == torch.bfloat16
     for layer, (own_keys, own_values) in enumerate(_own_cache(model, tokens)):
         assert torch.equal(values[:, layer], own_values)
-        rotated = _rotate(model, keys[:, layer].float(), layer)
+        rotated = own_rotation(model, keys[:, layer].float(), layer)
         # One rounding of the table, one of each product and of the sum: a few units of 2^-8.
         error = (rotated - own_keys.float()).norm() / own_keys.float().norm()
         assert error < 6e-3

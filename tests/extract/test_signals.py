@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fixtures.models import ARCHITECTURES, tiny_model
+from fixtures.models import ARCHITECTURES, own_rotation, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,18 +49,6 @@ def _eager(model: Any, tokens: Tokens) -> tuple[KVTap, Any]:
         return tap, decoder(model)(input_ids=ids, output_attentions=True).attentions
 
 
-def _own_rotation(model: Any, states: torch.Tensor, layer: int) -> torch.Tensor:
-    """`[t, h, d]` turned by the model's own table and function."""
-    base = decoder(model)
-    per_kind = isinstance(next(iter(model.config.rope_parameters.values())), dict)
-    extra = (model.config.layer_types[layer],) if per_kind else ()
-    cos, sin = base.rotary_emb(states[None], torch.arange(len(states))[None], *extra)
-    heads = states.transpose(0, 1)[None]
-    module = importlib.import_module(type(base).__module__)
-    turned: torch.Tensor = module.apply_rotary_pos_emb(heads, heads, cos, sin)[1][0].transpose(0, 1)
-    return turned
-
-
 def _importance_in_loops(model: Any, tokens: Tokens) -> np.ndarray[Any, Any]:
     """`[t, l, h]` float64. What the mask lets through is read off the model's own attention weights."""
     tap, attentions = _eager(model, tokens)
@@ -74,8 +61,8 @@ def _importance_in_loops(model: Any, tokens: Tokens) -> np.ndarray[Any, Any]:
     out[rationale] = 0
     for layer in range(layers):
         attention = decoder(model).layers[layer].self_attn
-        queries = _own_rotation(model, tap.queries[layer][0], layer).double().numpy()
-        keys = _own_rotation(model, tap.keys[layer][0], layer).double().numpy()
+        queries = own_rotation(model, tap.queries[layer][0], layer).double().numpy()
+        keys = own_rotation(model, tap.keys[layer][0], layer).double().numpy()
         for head in range(heads):
             seeing = 0
             for a in answers:

@@ -110,7 +110,9 @@ def test_layers_that_the_fit_chooses_are_in_the_projector_and_their_rule_in_the_
     # The targets are what the projector makes of the capture.
     stage = ProjectStage(run, "big")
     ids = [store[0].sample_id]
-    (((keys, values), _),) = calibration_pairs(stage.transform(stage.parent()), stage.parent(), ids, None)
+    (pair,) = calibration_pairs(stage.transform(stage.parent()), stage.parent(), ids, None)
+    assert pair is not None
+    ((keys, values), _) = pair
     made = store[0]
     assert made.keys is not None
     assert made.values is not None

@@ -166,7 +166,7 @@ def test_tokens_of_other_segments_change_nothing(count: int, others: int, slots:
     importance = np.full((len(whole), *GEOMETRY.shape[:2]), np.nan, np.float32)
     importance[places] = rng.random((count, *GEOMETRY.shape[:2]))
     whole.extras["importance"] = importance
-    selection = Selection("", "", Selector(method, slots), int(Segment.RATIONALE), None, None)
+    selection = Selection("", "", "", Selector(method, slots), int(Segment.RATIONALE), None, None)
     made = selection.slots(whole, places)
     alone = selection.slots(
         type(whole)(
