@@ -11,7 +11,8 @@ from .extras import ExtraArray
 from .fingerprint import cache_folder, digest_file, digest_json
 from .geometry import KVGeometry
 from .manifest import FORMAT_VERSION, Manifest, ModelIdentity, default_page_tokens
-from .part import PartReader, PartWriter
+from .part_reader import PartReader
+from .part_writer import PartWriter
 from .sample import SEGMENTS, SPLITS, KVBatch, KVSample, Segment, Split, collate
 from .store import KVStore
 from .verify import Damage, verify_store
