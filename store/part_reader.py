@@ -14,6 +14,7 @@ from .dtypes import dtype_of
 from .fingerprint import digest_json
 from .manifest import Manifest
 from .part import KV, ROW_ARRAYS, paged_arrays, part_name
+from .quantize import LOSSY
 from .sample import KVSample, Split
 from .shard import PageReader
 
@@ -32,7 +33,7 @@ class PartReader:
                 raise DamagedStoreError(f"{self.path}: the file {name} is missing") from None
             if found != size:
                 raise DamagedStoreError(f"{self.path}: the file {name} has {found} bytes, expected {size}")
-        self._dtype = dtype_of(manifest.dtype)
+        self._dtype, self._quantizer = dtype_of(manifest.dtype), LOSSY.get(manifest.codec)
         pages = self.attributes["num_rows"] // manifest.page_tokens
         self.pages = {name: PageReader(array, pages) for name, array in paged_arrays(manifest, self.path).items()}
 
@@ -45,8 +46,16 @@ class PartReader:
         return str(self.attributes["digest"])
 
     @property
+    def content(self) -> str:
+        """What parts made from this one remember of it: its digest, or that of the part it was transcoded from.
+
+        Two parts of stores with equal fingerprints and equal `content` hold the same numbers.
+        """
+        return str(self.attributes.get("content", self.digest))
+
+    @property
     def sources(self) -> dict[str, str]:
-        """Digests of the parent parts."""
+        """The parent parts, as their `content` says."""
         return dict(self.attributes["sources"])
 
     @property
@@ -132,7 +141,14 @@ class PartReader:
         """`keys` or `values` of one sample as the on-disk array `[t, l, h, d]`, or an extra array of its rows."""
         page = self.manifest.page_tokens
         start, length = int(self.starts[position]), int(self.lengths[position])
-        return self.pages[name].read(start // page, -(-length // page))[:length]
+        first, count = start // page, -(-length // page)
+        if self._quantizer is None or name not in KV:
+            return self.pages[name].read(first, count)[:length]
+        stored = {
+            array: self.pages[array].read(first, min(1, count) if array.endswith("_exact") else count)
+            for array in self._quantizer.arrays(name, self.manifest.geometry.shape, page, self._dtype)
+        }
+        return self._quantizer.decode(name, stored, length, page, self._dtype)
 
     def _extras(self, position: int, *, rows: bool) -> dict[str, np.ndarray[Any, Any]]:
         return {

@@ -20,6 +20,7 @@ from .files import disk_errors, file_table, fsync, fsync_tree
 from .fingerprint import digest_json
 from .manifest import Manifest
 from .part import KV, ROW_ARRAYS, paged_arrays, part_name
+from .quantize import LOSSY
 from .sample import KVSample, Split
 from .shard import PageWriter
 
@@ -33,7 +34,7 @@ class PartWriter:
     def __init__(self, root: Path, manifest: Manifest, index: int) -> None:
         self.root, self.manifest, self.index = root, manifest, index
         self.samples = manifest.part_samples(index)
-        self._dtype = dtype_of(manifest.dtype)
+        self._dtype, self._quantizer = dtype_of(manifest.dtype), LOSSY.get(manifest.codec)
         self._folder = root / "parts" / f".tmp-{part_name(index)}-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._pages = {name: PageWriter(array) for name, array in paged_arrays(manifest, self._folder).items()}
         self._rows: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in ROW_ARRAYS}
@@ -77,27 +78,37 @@ class PartWriter:
         self._claim(position, sample.sample_id, sample.split)
         tokens = len(sample)
         expected = (tokens, *self.manifest.geometry.shape)
-        raw: dict[str, np.ndarray[Any, Any]] = {}
+        arrays: dict[str, np.ndarray[Any, Any]] = {}
         for name in KV:
             tensor = getattr(sample, name)
             if tensor is None or tuple(tensor.shape) != expected:
                 shape = None if tensor is None else tuple(tensor.shape)
                 raise StoreError(f"sample {sample.sample_id!r}: {name} have shape {shape}, the store holds {expected}")
-            raw[name] = self._dtype.to_numpy(tensor)
+            arrays[name] = self._dtype.to_numpy(tensor)
         extras = checked_extras(sample, self.manifest.extras)
-        sums = {name: _layer_sums(self._dtype.to_float32(raw[name]), sample.mask) for name in KV}
+        sums = {name: _layer_sums(self._dtype.to_float32(arrays[name]), sample.mask) for name in KV}
         for name in KV:
-            if bad := np.flatnonzero(~np.isfinite(sums[name][2])).tolist():
+            if bad := _not_finite(sums[name]):
                 self._record(position, f"non-finite {name} in layers {bad}")
                 return
         page = self.manifest.page_tokens
+        if self._quantizer is not None:
+            for name in KV:
+                encoded = self._quantizer.encode(name, arrays.pop(name), page, self._dtype)
+                decoded = self._quantizer.decode(name, encoded, tokens, page, self._dtype)
+                sums[name] = _layer_sums(self._dtype.to_float32(decoded), sample.mask)
+                if bad := _not_finite(sums[name]):
+                    self._record(position, f"{self.manifest.codec} cannot hold the {name} in layers {bad}")
+                    return
+                arrays |= encoded
         with disk_errors(self.root):
-            self._start[position] = self._pages["keys"].num_pages * page
+            self._start[position] = self._num_pages * page
             for name, writer in self._pages.items():
-                rows = raw[name] if name in raw else extras[name]
-                fill = 0 if name in raw else self.manifest.extras[name].fill_value
-                for first in range(0, tokens, page):
-                    writer.write(_padded(rows[first : first + page], page, fill))
+                rows = arrays[name] if name in arrays else extras[name]
+                fill = 0 if name in arrays else self.manifest.extras[name].fill_value
+                step = writer.array.page_shape[0]
+                for first in range(0, len(rows), step):
+                    writer.write(_padded(rows[first : first + step], step, fill))
         for name, dtype in ROW_ARRAYS.items():
             self._rows[name].append(_padded(getattr(sample, name).astype(dtype), -(-tokens // page) * page))
         for name, array in self._per_sample.items():
@@ -114,12 +125,21 @@ class PartWriter:
         self._claim(position, sample_id, split)
         self._record(position, reason)
 
-    def commit(self, sources: dict[str, str] | None = None, *, written_by: str = "") -> Path:
+    def commit(
+        self,
+        sources: dict[str, str] | None = None,
+        *,
+        written_by: str = "",
+        coverage: list[list[int]] | None = None,
+        content: str | None = None,
+    ) -> Path:
         """Flushes the part and renames it into place.
 
         Args:
             sources: the digests of the parent parts this part was made from.
             written_by: what computed it, for provenance.
+            coverage: of the whole part, where it was not given with the samples.
+            content: the part whose numbers these are, of a store with the same fingerprint; see `PartReader.content`.
 
         Raises:
             StoreError: if a sample is missing.
@@ -133,14 +153,16 @@ class PartWriter:
             attributes = {
                 "index": self.index,
                 "store": self.manifest.fingerprint,
-                "num_rows": self._pages["keys"].num_pages * self.manifest.page_tokens,
+                "num_rows": self._num_pages * self.manifest.page_tokens,
                 "failed": self._failed,
                 "sources": sources or {},
                 "written_by": written_by,
                 "statistics": self._statistics(),
-                "coverage": None if self._coverage is None else self._coverage.tolist(),
+                "coverage": coverage if self._coverage is None else self._coverage.tolist(),
                 "files": file_table(self._folder),
             }
+            if content is not None:
+                attributes["content"] = content
             attributes["digest"] = digest_json(attributes)
             header = {"zarr_format": 3, "node_type": "group", "attributes": {"kava_part": attributes}}
             (self._folder / "zarr.json").write_text(json.dumps(header, indent=1))
@@ -170,7 +192,12 @@ class PartWriter:
     def _record(self, position: int, reason: str) -> None:
         self._failed[str(position)] = reason
         self._length[position] = 0
-        self._start[position] = self._pages["keys"].num_pages * self.manifest.page_tokens
+        self._start[position] = self._num_pages * self.manifest.page_tokens
+
+    @property
+    def _num_pages(self) -> int:
+        """Pages written so far: the same number of every array."""
+        return next(iter(self._pages.values())).num_pages
 
     def _statistics(self) -> dict[str, Any]:
         sums = {name: {"sum": s[0].tolist(), "sum_of_squares": s[1].tolist()} for name, s in self._sums.items()}
@@ -182,7 +209,7 @@ class PartWriter:
         group = zarr.open_group(self._folder, mode="a", zarr_format=3)
         for name, writer in self._pages.items():
             writer.close()
-            paged, extra = writer.array, self.manifest.extras.get(name)
+            paged = writer.array
             page, tail = paged.page_shape[0], paged.page_shape[1:]
             group.create_array(
                 name,
@@ -190,10 +217,10 @@ class PartWriter:
                 dtype=np.dtype(paged.dtype),
                 chunks=paged.page_shape,
                 shards=(page * paged.pages_per_shard, *tail),
-                fill_value=self._dtype.fill_value if extra is None else extra.fill_value,
+                fill_value=paged.fill_value,
                 compressors=paged.codec.zarr_codecs(np.dtype(paged.dtype).itemsize),
-                attributes={"dtype": self.manifest.dtype if extra is None else extra.dtype},
-                dimension_names=["token", "layer", "head", "dim"] if extra is None else extra.dimension_names,
+                attributes={"dtype": paged.meaning},
+                dimension_names=paged.axes,
             )
         for name, dtype in ROW_ARRAYS.items():
             shape = (0, 2) if name == "spans" else (0,)
@@ -230,13 +257,20 @@ def _host() -> str:
 
 def _layer_sums(array: np.ndarray[Any, Any], mask: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """`[3, l]`: sum and sum of squares over tokens with a target, and a value that is finite iff all numbers are."""
-    flat = array.reshape(*array.shape[:2], -1)
+    flat = array.reshape(*array.shape[:2], math.prod(array.shape[2:]))
     # The few hundred numbers of one token in float32, tokens in float64: as exact as needed, at a third of the time.
-    rows = np.stack([flat.sum(-1), np.einsum("tlw,tlw->tl", flat, flat)])
+    with np.errstate(over="ignore"):
+        rows = np.stack([flat.sum(-1), np.einsum("tlw,tlw->tl", flat, flat)])
     if not np.isfinite(rows).all():
         wide = flat.astype(np.float64)
         rows = np.stack([wide.sum(-1), np.square(wide).sum(-1)])
     return np.concatenate([rows[:, mask].sum(1, dtype=np.float64), rows[:1].sum(1, dtype=np.float64)])
+
+
+def _not_finite(sums: np.ndarray[Any, Any]) -> list[int]:
+    """The layers whose numbers are not all finite."""
+    found: list[int] = np.flatnonzero(~np.isfinite(sums[2])).tolist()
+    return found
 
 
 def _padded(array: np.ndarray[Any, Any], rows: int, fill: float = 0) -> np.ndarray[Any, Any]:
