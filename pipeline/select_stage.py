@@ -61,7 +61,7 @@ class Selection:
                     continue
                 writer.append(position, self.slots(source, places))
             with suppress(PartExistsError):  # Given out twice, after a worker was taken for dead: the same bits.
-                writer.commit({"parent": reader.digest})
+                writer.commit({"parent": reader.content})
         return part
 
     def slots(self, source: KVSample, places: np.ndarray[Any, Any]) -> KVSample:
@@ -135,7 +135,7 @@ class SelectStage(TransformStage):
         if settings.geometry == "student":
             fields = {"geometry": run.student_geometry, **run.recipe.project.model_dump(include={"dtype", "codec"})}
             parents["target"] = run.target_manifest(self._teacher).fingerprint
-        pages = default_page_tokens(fields["geometry"], dtype_of(fields["dtype"]).itemsize)
+        pages = default_page_tokens(fields["geometry"], dtype_of(fields["dtype"]).itemsize, fields["codec"])
         kept = parent.model_dump(exclude={"fingerprint", "versions", "parameters"})
         return Manifest(
             **kept

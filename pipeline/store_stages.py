@@ -76,7 +76,7 @@ class StoreStage(Stage):
         return [
             number
             for number in store.committed_parts()
-            if number in there and store.part(number).sources.get("parent") != _part_digest(parent, number)
+            if number in there and store.part(number).sources.get("parent") != _part_content(parent, number)
         ]
 
 
@@ -361,9 +361,9 @@ def _transform(run: Run, parent: KVStore, out: Path, resampler: str | None, proj
     )
 
 
-def _part_digest(store: KVStore, number: int) -> str | None:
+def _part_content(store: KVStore, number: int) -> str | None:
     try:
-        return store.part(number).digest
+        return store.part(number).content
     except StoreError:
         return None
 

@@ -60,7 +60,7 @@ class Transform:
                 made, met = derive(reader.sample(position, extras=False))
                 writer.append(position, made, coverage=met)
             with suppress(PartExistsError):  # Given out twice, after a worker was taken for dead: the same bits.
-                writer.commit({"parent": reader.digest})
+                writer.commit({"parent": reader.content})
         return part
 
     def derive(self, parent: Manifest) -> Derive:
