@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,19 @@ def test_errors_are_within_half_a_scale_and_zarr_decodes_the_same_bits(
             assert torch.equal(mine, documented(group, name, position, LOSSY[codec].bits, shape[2]))
         for name, array in wanted.extras.items():
             np.testing.assert_array_equal(found.extras[name], array)
+
+
+def test_the_documents_example_decodes_the_same_bits(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs/store-format.md").read_text()
+    (example,) = re.findall(r"```python\n(def bfloat16.*?)```", text, re.S)
+    store, samples = write_store(tmp_path / "s.zarr", LENGTHS, codec="int8", samples_per_part=7)
+    part = zarr.open_group(store.path / "parts/00000", mode="r")
+    for position in range(len(samples)):
+        start, length = (int(part[name][position]) for name in ("start", "length"))  # type: ignore[index, arg-type]
+        names: dict[str, Any] = {"torch": torch, "part": part, "start": start, "length": length}
+        exec(example, names)
+        assert torch.equal(names["keys"], store[position].keys)
+        assert torch.equal(names["values"], store[position].values)
 
 
 @pytest.mark.parametrize("name", ["keys", "values"])
