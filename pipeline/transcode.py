@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import PartExistsError, RecipeError
+from ..errors import ManifestMismatchError, PartExistsError, RecipeError
 from ..store import CODECS, DTYPES, LOSSY, KVStore, Manifest, PartReader, Split, default_page_tokens, library_versions
 from .parallel import run_parts
 
@@ -116,7 +116,11 @@ def transcode_store(
     here = source.path.resolve()
     if here in (out.resolve(), *out.resolve().parents):
         raise RecipeError(f"{out} is the store to read or lies in it; write to a new folder, then exchange the two")
-    made = KVStore.create(out, transcoded_manifest(source.manifest, codec, dtype or source.manifest.dtype))
+    manifest = transcoded_manifest(source.manifest, codec, dtype or source.manifest.dtype)
+    if (out / "zarr.json").exists() and (found := KVStore.open(out).manifest.differences(manifest)):
+        fields = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in found.items())
+        raise ManifestMismatchError(f"{out} holds something else ({fields}); remove it, or write to a new folder")
+    made = KVStore.create(out, manifest)
     work = Transcoding(str(here), str(out.resolve()))
     parts = source.committed_parts()
     done = set(made.committed_parts())
