@@ -43,6 +43,10 @@ EXAMPLES = {
         "kava inspect runs/demo/targets/smollm2.zarr --align 3",
     ],
     "verify": ["kava verify runs/demo/teachers/smollm2.zarr runs/demo/targets/smollm2.zarr"],
+    "transcode": [
+        "kava transcode runs/demo/teachers/smollm2.zarr /archive/smollm2.zarr --codec int8",
+        "kava transcode runs/demo/targets/smollm2.zarr /nvme/smollm2.zarr --codec none",
+    ],
 }
 
 NOTES = {
@@ -59,6 +63,10 @@ NOTES = {
     "train": "Goes on at its last checkpoint where `train.save_steps` is set. The targets must be complete.",
     "inspect": "Finds the run's recipe beside the store to show tokens and text.",
     "verify": "Exit code 1 if anything is damaged.",
+    "transcode": "From one lossless codec to the other the content is the same, and `OUT` can take the place of "
+    "`STORE`: what was made from it stays up to date, if the recipe's `codec` says the new one. A lossy codec or "
+    "another dtype makes other content. Checksums are checked as chunks are read. [The format](../store-format.md) has "
+    "the codecs, [the benchmarks](../benchmarks.md) their errors.",
 }
 
 

@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import EXIT_FAULT, EXIT_RETRY, KavaError, RecipeError
+from .cli_store import transcode
 
 app = typer.Typer(
     name="kava",
@@ -267,6 +268,9 @@ def verify(
             out.print(f"{path}: {len(parts)} parts are as they were written{note}", markup=False)
     if damaged:
         raise typer.Exit(EXIT_FAULT)
+
+
+app.command()(transcode)
 
 
 @app.callback(invoke_without_command=True)

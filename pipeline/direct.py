@@ -1,21 +1,25 @@
 """Targets straight from a running teacher, for corpora whose captures would not fit on the disk.
 
 What a store would have done to a sample on the way to the disk and back is done in memory, so that the targets are,
-bit for bit, those of a capture that was kept: rounding to the capture's dtype, and refusing what is not finite.
+bit for bit, those of a capture that was kept: rounding to the capture's dtype, refusing what is not finite, and the
+capture's codec if it is a lossy one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import SampleFailedError
 from ..extract import CaptureSettings, Corpus, Encoder, Teacher, capture_store
-from ..store import DTYPES, Derive, KVSample, KVStore, Manifest
+from ..store import DTYPES, LOSSY, Derive, KVSample, KVStore, Manifest
 from .transform import Transform
+
+if TYPE_CHECKING:
+    import torch
 
 
 def capture_targets(
@@ -65,7 +69,8 @@ def derive_directly(transform: Transform, capture: Manifest) -> Derive:
         StageError: if the corpus changed since the capture.
     """
     derive = transform.derive(capture)
-    dtype = DTYPES[capture.dtype].torch_dtype
+    storage, quantizer = DTYPES[capture.dtype], LOSSY.get(capture.codec)
+    dtype = storage.torch_dtype
 
     def derived(sample: KVSample) -> tuple[KVSample, np.ndarray[Any, Any]]:
         import torch
@@ -75,11 +80,21 @@ def derive_directly(transform: Transform, capture: Manifest) -> Derive:
         torch.set_num_threads(1)
         assert sample.keys is not None
         assert sample.values is not None
-        rounded = replace(sample, keys=sample.keys.to(dtype), values=sample.values.to(dtype))
-        for name in ("keys", "values"):
-            finite = getattr(rounded, name).isfinite().flatten(2).all(2).all(0)
-            if bad := (~finite).nonzero().flatten().tolist():
+        kv = {"keys": sample.keys.to(dtype), "values": sample.values.to(dtype)}
+        for name, tensor in kv.items():
+            if bad := _not_finite(tensor):
                 raise SampleFailedError(f"non-finite {name} in layers {bad}")
-        return derive(rounded)
+        if quantizer is not None:
+            kv = {n: quantizer.round_trip(n, tensor, capture.page_tokens, storage) for n, tensor in kv.items()}
+            for name, tensor in kv.items():
+                if bad := _not_finite(tensor):
+                    raise SampleFailedError(f"{capture.codec} cannot hold the {name} in layers {bad}")
+        return derive(replace(sample, keys=kv["keys"], values=kv["values"]))
 
     return derived
+
+
+def _not_finite(tensor: torch.Tensor) -> list[int]:
+    """The layers of `[t, l, h, d]` whose numbers are not all finite."""
+    found: list[int] = (~tensor.isfinite().flatten(2).all(2).all(0)).nonzero().flatten().tolist()
+    return found

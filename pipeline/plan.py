@@ -103,13 +103,15 @@ def _print_maps(run: Run, name: str, teacher: KVGeometry, student: KVGeometry, o
     out.print(f"  layers            {depth}")
     apart = ", each head by itself" if recipe.project.per == "head" else ""
     out.print(f"  heads             {recipe.project.heads}{apart}: {width}")
-    for label, geometry, dtype in (
-        ("teacher store", teacher, recipe.extract.dtype),
-        ("targets", student, recipe.project.dtype),
+    for label, geometry, settings in (
+        ("teacher store", teacher, recipe.extract),
+        ("targets", student, recipe.project),
     ):
-        itemsize = dtype_of(dtype).itemsize
-        raw, page = geometry.bytes_per_token(itemsize), default_page_tokens(geometry, itemsize)
-        out.print(f"  {label:<17} {raw:,} bytes per token ({dtype}, raw), pages of {page} tokens")
+        itemsize = dtype_of(settings.dtype).itemsize
+        raw, page = geometry.bytes_per_token(itemsize), default_page_tokens(geometry, itemsize, settings.codec)
+        out.print(
+            f"  {label:<17} {raw:,} bytes per token ({settings.dtype}, raw), {settings.codec}, pages of {page} tokens"
+        )
     if (select := recipe.select) is not None:
         kept, dtype = (
             (teacher, recipe.extract.dtype) if select.geometry == "teacher" else (student, recipe.project.dtype)

@@ -28,7 +28,7 @@ from ..errors import RecipeError
 from ..extract import CaptureSettings, CorpusSettings
 from ..extract.generate import GenerateSettings
 from ..extract.vllm.settings import EngineSettings
-from ..store import CODECS, KVGeometry
+from ..store import CODECS, LOSSY, KVGeometry
 from ..store.files import write_atomic
 from ..train.settings import StudentSettings, TrainSettings
 from .heads import HEAD_MAPS, RIDGE
@@ -80,7 +80,7 @@ class ExtractSettings(CaptureSettings):
     @field_validator("codec")
     @classmethod
     def _known_codec(cls, name: str) -> str:
-        return _known(name, CODECS)
+        return _known(name, [*CODECS, *LOSSY])
 
 
 class ResampleSettings(_Section):
@@ -126,7 +126,7 @@ class ProjectSettings(_Section):
     @field_validator("codec")
     @classmethod
     def _known_codec(cls, name: str) -> str:
-        return _known(name, CODECS)
+        return _known(name, [*CODECS, *LOSSY])
 
 
 class SelectSettings(_Section):

@@ -290,7 +290,7 @@ class Run(Places):
             kind="capture",
             geometry=self.student_geometry,
             dtype="float32",
-            codec=self.recipe.project.codec,
+            codec="blosc-zstd",  # It is small, and what maps are fitted to: a lossy one is for targets.
             model=model_identity(self.student_source, compute_dtype="float32"),
             num_samples=len(self.calibration),
             samples_per_part=self.recipe.samples_per_part or self._parts_of(self.calibration, self.student_geometry, 4),
@@ -391,7 +391,7 @@ class Run(Places):
         )
 
     def _manifest(self, **fields: Any) -> Manifest:
-        pages = default_page_tokens(fields["geometry"], dtype_of(fields["dtype"]).itemsize)
+        pages = default_page_tokens(fields["geometry"], dtype_of(fields["dtype"]).itemsize, fields["codec"])
         defaults: dict[str, Any] = {
             "page_tokens": pages,
             "num_samples": len(self.corpus),

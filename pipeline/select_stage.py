@@ -63,7 +63,8 @@ class Selection:
                     writer.fail(position, sample_id, split, "no importance to select by: the sample has no answer")
                     continue
                 writer.append(position, self.slots(source, places))
-            writer.commit({"parent": reader.digest, **({"calibration": self.calibration} if self.calibration else {})})
+            sources = {"calibration": self.calibration} if self.calibration else {}
+            writer.commit({"parent": reader.content, **sources})
         return part
 
     def slots(self, source: KVSample, places: np.ndarray[Any, Any]) -> KVSample:
@@ -137,7 +138,7 @@ class SelectStage(TransformStage):
         if settings.geometry == "student":
             fields = {"geometry": run.student_geometry, **run.recipe.project.model_dump(include={"dtype", "codec"})}
             parents["target"] = run.target_manifest(self._teacher).fingerprint
-        pages = default_page_tokens(fields["geometry"], dtype_of(fields["dtype"]).itemsize)
+        pages = default_page_tokens(fields["geometry"], dtype_of(fields["dtype"]).itemsize, fields["codec"])
         kept = parent.model_dump(exclude={"fingerprint", "versions", "parameters"})
         return Manifest(
             **kept

@@ -80,7 +80,7 @@ class StoreStage(Stage):
         for number in store.committed_parts():
             sources = store.part(number).sources
             refitted = calibration not in (None, sources.get("calibration", ""))
-            if refitted or (number in there and sources.get("parent") != _part_digest(parent, number)):
+            if refitted or (number in there and sources.get("parent") != _part_content(parent, number)):
                 found.append(number)
         return found
 
@@ -306,10 +306,10 @@ class ProjectStage(TransformStage):
         if "calibration" not in self.manifest().parameters["project"]:
             return ""
         parent = self.parent()
-        digests = [_part_digest(parent, number) for number in self.run.calibration_parts]
+        digests = [_part_content(parent, number) for number in self.run.calibration_parts]
         if self.run.needs_reference:
             reference = KVStore.open(self.run.reference_path)
-            digests += [_part_digest(reference, number) for number in reference.committed_parts()]
+            digests += [_part_content(reference, number) for number in reference.committed_parts()]
         return digest_json(digests)
 
     def keep(self, projector: Projector) -> bool:
@@ -407,9 +407,9 @@ def _transform(run: Run, parent: KVStore, out: Path, fingerprint: str, resampler
     )
 
 
-def _part_digest(store: KVStore, number: int) -> str | None:
+def _part_content(store: KVStore, number: int) -> str | None:
     try:
-        return store.part(number).digest
+        return store.part(number).content
     except StoreError:
         return None
 

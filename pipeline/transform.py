@@ -68,7 +68,7 @@ class Transform:
                 writer.append(position, made, coverage=None if self.resampler is None else met)
             # On the parent's own time axis, how that one met the teacher's is what there is to know.
             known = reader.coverage if self.resampler is None else None
-            writer.commit({"parent": reader.digest, **self.sources}, coverage=known)
+            writer.commit({"parent": reader.content, **self.sources}, coverage=known)
         return part
 
     @property

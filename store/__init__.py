@@ -10,8 +10,10 @@ from .dtypes import DTYPES, DType
 from .extras import ExtraArray
 from .fingerprint import cache_folder, digest_file, digest_json
 from .geometry import KVGeometry
-from .manifest import FORMAT_VERSION, Manifest, ModelIdentity, default_page_tokens
-from .part import PartReader, PartWriter
+from .manifest import FORMAT_VERSION, Manifest, ModelIdentity, default_page_tokens, library_versions
+from .part_reader import PartReader
+from .part_writer import PartWriter
+from .quantize import LOSSY, Quantizer
 from .sample import SEGMENTS, SPLITS, KVBatch, KVSample, Segment, Split, collate
 from .store import KVStore
 from .verify import Damage, verify_store
@@ -21,6 +23,7 @@ __all__ = [
     "CODECS",
     "DTYPES",
     "FORMAT_VERSION",
+    "LOSSY",
     "SEGMENTS",
     "SPLITS",
     "BackgroundWriter",
@@ -37,6 +40,7 @@ __all__ = [
     "ModelIdentity",
     "PartReader",
     "PartWriter",
+    "Quantizer",
     "Segment",
     "Split",
     "cache_folder",
@@ -44,5 +48,6 @@ __all__ = [
     "default_page_tokens",
     "digest_file",
     "digest_json",
+    "library_versions",
     "verify_store",
 ]

@@ -1,4 +1,4 @@
-"""What is done to a page of keys or values between memory and disk.
+"""What is done to a page between memory and disk, without loss; `quantize.py` has what is done before, with loss.
 
 Every codec ends in CRC-32C: without a checksum in the chunk, flipped payload bits decode silently into wrong numbers.
 A codec is one value here: its Zarr metadata, so that any Zarr v3 reader opens the store, and the same thing as a
@@ -15,7 +15,7 @@ import google_crc32c
 import numpy as np
 from numcodecs import blosc
 
-from ..errors import DamagedStoreError, StoreError
+from ..errors import DamagedStoreError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,12 +79,5 @@ CODECS: Final[dict[str, Codec]] = {
 }
 
 
-def codec_of(name: str) -> Codec:
-    """The codec of this name.
-
-    Raises:
-        StoreError: if there is none.
-    """
-    if name not in CODECS:
-        raise StoreError(f"codec {name!r} is unknown: use one of {', '.join(CODECS)}")
-    return CODECS[name]
+LOSSLESS_PART: Final = CODECS["blosc-zstd"]
+"""What the arrays of a lossy codec go through."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 RESERVED: Final = frozenset(
     {"keys", "values", "start", "length", "split", "sample_id", "input_ids", "positions", "spans", "segments", "mask"}
+    | {f"{name}_{part}" for name in ("keys", "values") for part in ("q", "scale", "min", "exact")}
 )
 """Names of the arrays that every part has."""
 

@@ -1,7 +1,8 @@
 """What a store says about itself.
 
-The *content* of a store is determined by everything in the manifest except the codec (lossless) and the library
-versions; the fingerprint is a digest of exactly that. Two stores with the same fingerprint hold the same numbers.
+The *content* of a store is determined by everything in the manifest except the library versions and a lossless codec (a
+lossy one is content: it changes numbers); the fingerprint is a digest of exactly that. Two stores with the same
+fingerprint hold the same numbers.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from ..errors import StoreError
 from .extras import ExtraArray, check_names
 from .fingerprint import digest_json
 from .geometry import KVGeometry
+from .quantize import LOSSY
 
 FORMAT_VERSION: Final = 1
 """Version of the on-disk format that this code writes."""
 
-_NOT_CONTENT: Final = ("codec", "versions", "fingerprint")
+_NOT_CONTENT: Final = ("versions", "fingerprint")
 
 
 class _Strict(BaseModel):
@@ -88,7 +90,8 @@ class Manifest(_Strict):
     @property
     def fingerprint(self) -> str:
         """A digest of everything that determines the content."""
-        content = self.model_dump(mode="json", exclude={*_NOT_CONTENT})
+        lossless = () if self.codec in LOSSY else ("codec",)
+        content = self.model_dump(mode="json", exclude={*_NOT_CONTENT, *lossless})
         if not self.extras:  # As if there were no such field: stores from before it keep their fingerprint.
             del content["extras"]
         return digest_json(content)
@@ -134,8 +137,13 @@ class Manifest(_Strict):
         return manifest
 
 
-def default_page_tokens(geometry: KVGeometry, itemsize: int) -> int:
-    """Tokens per page: the power of two, 64 at most, that keeps the raw page of keys at or under 1 MiB."""
+def default_page_tokens(geometry: KVGeometry, itemsize: int, codec: str = "blosc-zstd") -> int:
+    """Tokens per page: the power of two, 64 at most, that keeps the raw page of keys at or under 1 MiB.
+
+    64 for every lossy codec: the more tokens of keys share a scale, the fewer scales there are.
+    """
+    if codec in LOSSY:
+        return 64
     row = geometry.num_layers * geometry.width * itemsize
     fitting = max(1, (1 << 20) // row)
     return int(min(64, 1 << (fitting.bit_length() - 1)))

@@ -2,35 +2,22 @@
 
 A part is a Zarr group, written under a hidden name, flushed, and renamed into place. Its attributes name every file
 with size and checksum, so that a missing or exchanged file is noticed when the part is opened, and the digests of the
-parent parts it was made from.
+parent parts it was made from. Here is what its writer and its reader agree on.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import shutil
-import socket
-import uuid
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from ..errors import DamagedStoreError, PartExistsError, SampleFailedError, StoreError, StoreNotFoundError
-from .codec import codec_of
+from ..errors import StoreError
+from .codec import CODECS, LOSSLESS_PART
 from .dtypes import dtype_of
-from .extras import checked_extras
-from .files import disk_errors, file_table, fsync, fsync_tree
-from .fingerprint import digest_json
 from .manifest import Manifest
-from .sample import KVSample, Split
-from .shard import PagedArray, PageReader, PageWriter
+from .quantize import LOSSY
+from .shard import PagedArray
 
-_ROW_ARRAYS = {"input_ids": "<i4", "positions": "<i4", "spans": "<i4", "segments": "|u1", "mask": "|b1"}
-_KV = ("keys", "values")
+ROW_ARRAYS = {"input_ids": "<i4", "positions": "<i4", "spans": "<i4", "segments": "|u1", "mask": "|b1"}
+KV = ("keys", "values")
 
 
 def part_name(index: int) -> str:
@@ -39,419 +26,30 @@ def part_name(index: int) -> str:
 
 
 def paged_arrays(manifest: Manifest, folder: Path) -> dict[str, PagedArray]:
-    """The layout of the arrays of a part that lie in pages: `keys`, `values` and the extra arrays of rows."""
-    kv = (manifest.geometry.shape, dtype_of(manifest.dtype).numpy)
-    extras = {name: (kind.shape, kind.numpy) for name, kind in manifest.extras.items() if kind.axis == "row"}
-    codec, page = codec_of(manifest.codec), manifest.page_tokens
-    return {
-        name: PagedArray(folder / name, (page, *shape), dtype, codec)
-        for name, (shape, dtype) in (dict.fromkeys(_KV, kv) | extras).items()
-    }
+    """The layout of the arrays of a part that lie in pages: keys, values and the extra arrays of rows.
 
+    Page `n` of tokens is chunk `n` of each of them.
 
-class PartWriter:
-    """Writes one part. Samples come in any order; `commit` makes the part visible, whole.
-
-    Use as a context manager: leaving it without `commit` removes what was written.
+    Raises:
+        StoreError: if the codec is unknown.
     """
-
-    def __init__(self, root: Path, manifest: Manifest, index: int) -> None:
-        self.root, self.manifest, self.index = root, manifest, index
-        self.samples = manifest.part_samples(index)
-        self._dtype = dtype_of(manifest.dtype)
-        self._folder = root / "parts" / f".tmp-{part_name(index)}-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._pages = {name: PageWriter(array) for name, array in paged_arrays(manifest, self._folder).items()}
-        self._rows: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in _ROW_ARRAYS}
-        self._start = np.zeros(len(self.samples), np.int64)
-        self._length = np.full(len(self.samples), -1, np.int32)
-        self._split = np.zeros(len(self.samples), np.uint8)
-        self._ids: list[str] = [""] * len(self.samples)
-        self._per_sample = {
-            name: np.full((len(self.samples), *kind.shape), kind.fill_value, kind.numpy)
-            for name, kind in manifest.extras.items()
-            if kind.axis == "sample"
-        }
-        self._failed: dict[str, str] = {}
-        layers = manifest.geometry.num_layers
-        self._sums = {name: np.zeros((2, layers)) for name in _KV}
-        self._tokens = 0
-        self._coverage: np.ndarray[Any, Any] | None = None
-        with disk_errors(root):
-            self._folder.mkdir(parents=True)
-
-    def __enter__(self) -> PartWriter:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.abort()
-
-    def append(self, position: int, sample: KVSample, *, coverage: np.ndarray[Any, Any] | None = None) -> None:
-        """Writes a sample at `position` of this part.
-
-        A sample with a non-finite key or value is not written but recorded as failed.
-
-        Args:
-            position: in this part.
-            sample: what to write.
-            coverage: where time was resampled, `[segments, 3]`: text tokens, those with a target, those that end where
-                a token of the parent ends.
-
-        Raises:
-            StoreError: if shapes or extra arrays differ from the manifest, or the position is foreign or taken.
-        """
-        self._claim(position, sample.sample_id, sample.split)
-        tokens = len(sample)
-        expected = (tokens, *self.manifest.geometry.shape)
-        raw: dict[str, np.ndarray[Any, Any]] = {}
-        for name in _KV:
-            tensor = getattr(sample, name)
-            if tensor is None or tuple(tensor.shape) != expected:
-                shape = None if tensor is None else tuple(tensor.shape)
-                raise StoreError(f"sample {sample.sample_id!r}: {name} have shape {shape}, the store holds {expected}")
-            raw[name] = self._dtype.to_numpy(tensor)
-        extras = checked_extras(sample, self.manifest.extras)
-        sums = {name: _layer_sums(self._dtype.to_float32(raw[name]), sample.mask) for name in _KV}
-        for name in _KV:
-            if bad := np.flatnonzero(~np.isfinite(sums[name][2])).tolist():
-                self._record(position, f"non-finite {name} in layers {bad}")
-                return
-        page = self.manifest.page_tokens
-        with disk_errors(self.root):
-            self._start[position] = self._pages["keys"].num_pages * page
-            for name, writer in self._pages.items():
-                rows = raw[name] if name in raw else extras[name]
-                fill = 0 if name in raw else self.manifest.extras[name].fill_value
-                for first in range(0, tokens, page):
-                    writer.write(_padded(rows[first : first + page], page, fill))
-        for name, dtype in _ROW_ARRAYS.items():
-            self._rows[name].append(_padded(getattr(sample, name).astype(dtype), -(-tokens // page) * page))
-        for name, array in self._per_sample.items():
-            array[position] = extras[name]
-        self._length[position] = tokens
-        self._tokens += int(sample.mask.sum())
-        for name in _KV:
-            self._sums[name] += sums[name][:2]
-        if coverage is not None:
-            self._coverage = coverage + (0 if self._coverage is None else self._coverage)
-
-    def fail(self, position: int, sample_id: str, split: Split, reason: str) -> None:
-        """Records that this sample has no keys and values, and why."""
-        self._claim(position, sample_id, split)
-        self._record(position, reason)
-
-    def commit(
-        self,
-        sources: dict[str, str] | None = None,
-        *,
-        written_by: str = "",
-        coverage: list[list[int]] | None = None,
-    ) -> Path:
-        """Flushes the part and renames it into place.
-
-        Args:
-            sources: the digests of the parent parts this part was made from.
-            written_by: what computed it, for provenance.
-            coverage: that of the parent part, where this one is on the same time axis.
-
-        Raises:
-            StoreError: if a sample is missing.
-            PartExistsError: if the part is there already, with other content.
-        """
-        if missing := np.flatnonzero(self._length < 0).tolist():
-            raise StoreError(f"part {self.index}: samples at positions {missing[:5]} were not written")
-        final = self.root / "parts" / part_name(self.index)
-        with disk_errors(self.root):
-            self._write_arrays()
-            attributes = {
-                "index": self.index,
-                "store": self.manifest.fingerprint,
-                "num_rows": self._pages["keys"].num_pages * self.manifest.page_tokens,
-                "failed": self._failed,
-                "sources": sources or {},
-                "written_by": written_by,
-                "statistics": self._statistics(),
-                "coverage": coverage if self._coverage is None else self._coverage.tolist(),
-                "files": file_table(self._folder),
-            }
-            attributes["digest"] = digest_json(attributes)
-            header = {"zarr_format": 3, "node_type": "group", "attributes": {"kava_part": attributes}}
-            (self._folder / "zarr.json").write_text(json.dumps(header, indent=1))
-            fsync_tree(self._folder)
-            try:
-                self._folder.rename(final)
-            except OSError as error:
-                if _digest_of(final) == attributes["digest"]:  # Given out twice, after a worker was taken for dead.
-                    return final
-                if final.exists():
-                    raise PartExistsError(f"{final} was written by another process meanwhile; it was kept") from error
-                raise
-            fsync(final.parent)
-        return final
-
-    def abort(self) -> None:
-        """Removes what was not committed."""
-        for writer in self._pages.values():
-            writer.abort()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _claim(self, position: int, sample_id: str, split: Split) -> None:
-        if not 0 <= position < len(self.samples):
-            raise StoreError(f"part {self.index} has {len(self.samples)} samples, there is no position {position}")
-        if self._length[position] >= 0:
-            raise StoreError(f"part {self.index}: position {position} was written twice")
-        self._ids[position], self._split[position] = sample_id, int(split)
-
-    def _record(self, position: int, reason: str) -> None:
-        self._failed[str(position)] = reason
-        self._length[position] = 0
-        self._start[position] = self._pages["keys"].num_pages * self.manifest.page_tokens
-
-    def _statistics(self) -> dict[str, Any]:
-        sums = {name: {"sum": s[0].tolist(), "sum_of_squares": s[1].tolist()} for name, s in self._sums.items()}
-        return {"tokens": self._tokens, **sums}
-
-    def _write_arrays(self) -> None:
-        import zarr
-
-        group = zarr.open_group(self._folder, mode="a", zarr_format=3)
-        for name, writer in self._pages.items():
-            writer.close()
-            paged, extra = writer.array, self.manifest.extras.get(name)
-            page, tail = paged.page_shape[0], paged.page_shape[1:]
-            group.create_array(
-                name,
-                shape=(writer.num_pages * page, *tail),
-                dtype=np.dtype(paged.dtype),
-                chunks=paged.page_shape,
-                shards=(page * paged.pages_per_shard, *tail),
-                fill_value=self._dtype.fill_value if extra is None else extra.fill_value,
-                compressors=paged.codec.zarr_codecs(np.dtype(paged.dtype).itemsize),
-                attributes={"dtype": self.manifest.dtype if extra is None else extra.dtype},
-                dimension_names=["token", "layer", "head", "dim"] if extra is None else extra.dimension_names,
+    dtype, page, shape = dtype_of(manifest.dtype), manifest.page_tokens, manifest.geometry.shape
+    if manifest.codec not in {*CODECS, *LOSSY}:
+        raise StoreError(f"codec {manifest.codec!r} is unknown: use one of {', '.join([*CODECS, *LOSSY])}")
+    codec, quantizer = CODECS.get(manifest.codec, LOSSLESS_PART), LOSSY.get(manifest.codec)
+    found = {}
+    for name in KV:
+        if quantizer is None:
+            raw = (dtype.numpy, codec, dtype.fill_value, dtype.name)
+            found[name] = PagedArray(folder / name, (page, *shape), *raw, ("token", "layer", "head", "dim"))
+            continue
+        for array, kind in quantizer.arrays(name, shape, page, dtype).items():
+            chunk = (kind.rows, *kind.entry)
+            found[array] = PagedArray(
+                folder / array, chunk, kind.dtype, codec, kind.fill_value, kind.meaning, kind.axes
             )
-        for name, dtype in _ROW_ARRAYS.items():
-            shape = (0, 2) if name == "spans" else (0,)
-            _small_array(group, name, np.concatenate([np.zeros(shape, dtype), *self._rows[name]]), "token", "edge")
-        _small_array(group, "start", self._start, "sample")
-        _small_array(group, "length", self._length, "sample")
-        _small_array(group, "split", self._split, "sample")
-        _small_array(group, "sample_id", np.array(self._ids, dtype=object), "sample")
-        for name, array in self._per_sample.items():
-            _small_array(group, name, array, *self.manifest.extras[name].dimension_names)
-
-
-class PartReader:
-    """Reads one committed part."""
-
-    def __init__(self, root: Path, manifest: Manifest, index: int) -> None:
-        self.root, self.manifest, self.index = root, manifest, index
-        self.path = root / "parts" / part_name(index)
-        self.attributes = self._read_attributes()
-        for name, (size, _) in self.attributes["files"].items():
-            try:
-                found = (self.path / name).stat().st_size
-            except OSError:
-                raise DamagedStoreError(f"{self.path}: the file {name} is missing") from None
-            if found != size:
-                raise DamagedStoreError(f"{self.path}: the file {name} has {found} bytes, expected {size}")
-        self._dtype = dtype_of(manifest.dtype)
-        pages = self.attributes["num_rows"] // manifest.page_tokens
-        self.pages = {name: PageReader(array, pages) for name, array in paged_arrays(manifest, self.path).items()}
-
-    def __len__(self) -> int:
-        return len(self.manifest.part_samples(self.index))
-
-    @property
-    def digest(self) -> str:
-        """A digest of every byte of this part."""
-        return str(self.attributes["digest"])
-
-    @property
-    def sources(self) -> dict[str, str]:
-        """Digests of the parent parts."""
-        return dict(self.attributes["sources"])
-
-    @property
-    def written_by(self) -> str:
-        """What computed the part: a capture's backend and its version."""
-        return str(self.attributes.get("written_by", ""))
-
-    @property
-    def statistics(self) -> dict[str, Any]:
-        """Tokens with a target, and per layer the sums of their keys and values, and of the squares."""
-        return dict(self.attributes["statistics"])
-
-    @property
-    def coverage(self) -> list[list[int]] | None:
-        """Per segment: text tokens, those with a target, those that end with a parent's token; if resampled."""
-        found: list[list[int]] | None = self.attributes.get("coverage")
-        return found
-
-    @property
-    def failed(self) -> dict[int, str]:
-        """Positions of failed samples, with the reason."""
-        return {int(position): reason for position, reason in self.attributes["failed"].items()}
-
-    @cached_property
-    def ids(self) -> list[str]:
-        """Sample ids."""
-        return [str(i) for i in self._array("sample_id")]
-
-    @cached_property
-    def lengths(self) -> np.ndarray[Any, Any]:
-        """Tokens per sample."""
-        return self._array("length")
-
-    @cached_property
-    def splits(self) -> np.ndarray[Any, Any]:
-        """`Split` per sample."""
-        return self._array("split")
-
-    @cached_property
-    def starts(self) -> np.ndarray[Any, Any]:
-        """First row per sample."""
-        return self._array("start")
-
-    @property
-    def order(self) -> list[int]:
-        """Positions in the order in which they were written: read so, a part is read from front to back."""
-        return [int(position) for position in np.lexsort((self.lengths, self.starts))]
-
-    @cached_property
-    def rows(self) -> dict[str, np.ndarray[Any, Any]]:
-        """The per-token arrays of the whole part."""
-        return {name: self._array(name) for name in _ROW_ARRAYS}
-
-    @cached_property
-    def per_sample(self) -> dict[str, np.ndarray[Any, Any]]:
-        """The extra arrays of samples, of the whole part."""
-        return {name: self._array(name) for name, kind in self.manifest.extras.items() if kind.axis == "sample"}
-
-    def sample(self, position: int, *, keys: bool = True, values: bool = True, extras: bool = True) -> KVSample:
-        """One sample; keys, values and extra arrays of rows are read and decoded only if asked for.
-
-        Raises:
-            SampleFailedError: if it was recorded as failed.
-            DamagedStoreError: if its bytes are damaged.
-        """
-        if position in self.failed:
-            raise SampleFailedError(f"{self.root}: sample {self.ids[position]!r} failed: {self.failed[position]}")
-        start, length = int(self.starts[position]), int(self.lengths[position])
-        rows = {name: array[start : start + length] for name, array in self.rows.items()}
-        kv = {
-            name: self.read(name, position) if wanted else None
-            for name, wanted in zip(_KV, (keys, values), strict=True)
-        }
-        return KVSample(
-            sample_id=self.ids[position],
-            split=Split(int(self.splits[position])),
-            keys=None if kv["keys"] is None else self._dtype.to_torch(kv["keys"]),
-            values=None if kv["values"] is None else self._dtype.to_torch(kv["values"]),
-            extras=self._extras(position, rows=extras),
-            **rows,
-        )
-
-    def read(self, name: str, position: int) -> np.ndarray[Any, Any]:
-        """`keys` or `values` of one sample as the on-disk array `[t, l, h, d]`, or an extra array of its rows."""
-        page = self.manifest.page_tokens
-        start, length = int(self.starts[position]), int(self.lengths[position])
-        return self.pages[name].read(start // page, -(-length // page))[:length]
-
-    def _extras(self, position: int, *, rows: bool) -> dict[str, np.ndarray[Any, Any]]:
-        return {
-            name: self.read(name, position) if name in self.pages else np.asarray(self.per_sample[name][position])
-            for name in self.manifest.extras
-            if rows or name not in self.pages
-        }
-
-    def _array(self, name: str) -> np.ndarray[Any, Any]:
-        import zarr
-
-        try:
-            array = zarr.open_array(self.path / name, mode="r")
-            return np.asarray(array[:])
-        except Exception as error:
-            raise DamagedStoreError(f"{self.path}/{name}: {error}") from error
-
-    def _read_attributes(self) -> dict[str, Any]:
-        header = self.path / "zarr.json"
-        try:
-            attributes: dict[str, Any] = json.loads(header.read_text())["attributes"]["kava_part"]
-            digest = digest_json({k: v for k, v in attributes.items() if k != "digest"})
-            if attributes["digest"] != digest:
-                raise DamagedStoreError(f"{header}: digest mismatch")
-        except FileNotFoundError:
-            raise StoreNotFoundError(f"{self.root}: part {self.index} is not written yet") from None
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, DamagedStoreError):
-                raise
-            raise DamagedStoreError(f"{header}: not readable: {error!r}") from None
-        if attributes["store"] != self.manifest.fingerprint or attributes["index"] != self.index:
-            raise DamagedStoreError(f"{self.path}: this part belongs to another store or place")
-        return attributes
-
-
-def _digest_of(folder: Path) -> str | None:
-    try:
-        return str(json.loads((folder / "zarr.json").read_text())["attributes"]["kava_part"]["digest"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def remove_leftovers(root: Path) -> None:
-    """Removes hidden folders of writers of this host that are no longer alive."""
-    for folder in (root / "parts").glob(".tmp-*"):
-        host, pid, _ = folder.name.removeprefix(".tmp-").split("-", 1)[1].rsplit("-", 2)
-        if host == _host() and not _alive(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _host() -> str:
-    return socket.gethostname()
-
-
-def _layer_sums(array: np.ndarray[Any, Any], mask: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """`[3, l]`: sum and sum of squares over tokens with a target, and a value that is finite iff all numbers are."""
-    flat = array.reshape(*array.shape[:2], -1)
-    # The few hundred numbers of one token in float32, tokens in float64: as exact as needed, at a third of the time.
-    rows = np.stack([flat.sum(-1), np.einsum("tlw,tlw->tl", flat, flat)])
-    if not np.isfinite(rows).all():
-        wide = flat.astype(np.float64)
-        rows = np.stack([wide.sum(-1), np.square(wide).sum(-1)])
-    return np.concatenate([rows[:, mask].sum(1, dtype=np.float64), rows[:1].sum(1, dtype=np.float64)])
-
-
-def _padded(array: np.ndarray[Any, Any], rows: int, fill: float = 0) -> np.ndarray[Any, Any]:
-    if len(array) == rows:
-        return np.ascontiguousarray(array)
-    out = np.full((rows, *array.shape[1:]), fill, array.dtype)
-    out[: len(array)] = array
-    return out
-
-
-def _small_array(group: Any, name: str, data: np.ndarray[Any, Any], *axes: str) -> None:
-    from zarr.codecs import Crc32cCodec, ZstdCodec
-
-    dtype = "str" if data.dtype == object else data.dtype
-    chunks = tuple(max(1, size) for size in data.shape)
-    array = group.create_array(
-        name,
-        shape=data.shape,
-        dtype=dtype,
-        chunks=chunks,
-        compressors=[ZstdCodec(level=1), Crc32cCodec()],
-        dimension_names=axes[: data.ndim],
-        config={"write_empty_chunks": True},  # An absent chunk reads as zeros; here absent always means damaged.
-    )
-    if math.prod(data.shape):
-        array[...] = data
+    for name, extra in manifest.extras.items():
+        if extra.axis == "row":
+            chunk, axes = (page, *extra.shape), tuple(extra.dimension_names)
+            found[name] = PagedArray(folder / name, chunk, extra.numpy, codec, extra.fill_value, extra.dtype, axes)
+    return found

@@ -38,6 +38,12 @@ class PagedArray:
     dtype: str
     """NumPy dtype of the bytes on disk."""
     codec: Codec
+    fill_value: int | float = 0
+    """What Zarr reads where a chunk is missing."""
+    meaning: str = ""
+    """The dtype of the numbers; `bfloat16` is stored as its bits."""
+    axes: tuple[str, ...] = ()
+    """Dimension names."""
 
     @property
     def page_bytes(self) -> int:

@@ -17,7 +17,9 @@ from .dtypes import DType, dtype_of
 from .files import disk_errors, write_atomic
 from .geometry import KVGeometry
 from .manifest import Manifest
-from .part import PartReader, PartWriter, part_name, remove_leftovers
+from .part import part_name
+from .part_reader import PartReader
+from .part_writer import PartWriter, remove_leftovers
 from .sample import KVBatch, KVSample, Segment, Split, collate
 
 if TYPE_CHECKING:

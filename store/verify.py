@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import DamagedStoreError, StoreError
 from .files import file_crc32c
-from .part import PartReader
+from .part_reader import PartReader
 
 if TYPE_CHECKING:
     from .store import KVStore

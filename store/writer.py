@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ..errors import SampleFailedError
-from .part import PartWriter
+from .part_writer import PartWriter
 from .sample import KVSample, Split
 
 if TYPE_CHECKING:

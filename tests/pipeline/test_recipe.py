@@ -59,7 +59,7 @@ def test_overrides_make_sections(tmp_path: Path) -> None:
         (["train.loss=huber"], "train.loss: .*'mse'.*got 'huber'"),
         (["project.heads=procustes"], r"project.heads: 'procustes' is unknown; did you mean 'procrustes'\?"),
         (["resample.method=lst"], "did you mean 'last'"),
-        (["extract.codec=zip"], "use one of blosc-zstd, none"),
+        (["extract.codec=zip"], "use one of blosc-zstd, none, int8, int4"),
         (["student.config={hidden_size: 3}"], "student: give either model or config"),
         (["teachers={}"], "teachers: .*at least 1"),
         (["corpus.heldout={ratio: 0.1, path: x}"], "give exactly one of ratio, values or path"),

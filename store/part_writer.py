@@ -1,0 +1,308 @@
+"""Writes a part: pages as samples come, small arrays and the table of files at the end, then one rename."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import socket
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import PartExistsError, StoreError
+from .dtypes import dtype_of
+from .extras import checked_extras
+from .files import disk_errors, file_table, fsync, fsync_tree
+from .fingerprint import digest_json
+from .manifest import Manifest
+from .part import KV, ROW_ARRAYS, paged_arrays, part_name
+from .quantize import LOSSY
+from .sample import KVSample, Split
+from .shard import PageWriter
+
+
+class PartWriter:
+    """Writes one part. Samples come in any order; `commit` makes the part visible, whole.
+
+    Use as a context manager: leaving it without `commit` removes what was written.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, index: int) -> None:
+        self.root, self.manifest, self.index = root, manifest, index
+        self.samples = manifest.part_samples(index)
+        self._dtype, self._quantizer = dtype_of(manifest.dtype), LOSSY.get(manifest.codec)
+        self._folder = root / "parts" / f".tmp-{part_name(index)}-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._pages = {name: PageWriter(array) for name, array in paged_arrays(manifest, self._folder).items()}
+        self._rows: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in ROW_ARRAYS}
+        self._start = np.zeros(len(self.samples), np.int64)
+        self._length = np.full(len(self.samples), -1, np.int32)
+        self._split = np.zeros(len(self.samples), np.uint8)
+        self._ids: list[str] = [""] * len(self.samples)
+        self._per_sample = {
+            name: np.full((len(self.samples), *kind.shape), kind.fill_value, kind.numpy)
+            for name, kind in manifest.extras.items()
+            if kind.axis == "sample"
+        }
+        self._failed: dict[str, str] = {}
+        layers = manifest.geometry.num_layers
+        self._sums = {name: np.zeros((2, layers)) for name in KV}
+        self._tokens = 0
+        self._coverage: np.ndarray[Any, Any] | None = None
+        with disk_errors(root):
+            self._folder.mkdir(parents=True)
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.abort()
+
+    def append(self, position: int, sample: KVSample, *, coverage: np.ndarray[Any, Any] | None = None) -> None:
+        """Writes a sample at `position` of this part.
+
+        A sample with a non-finite key or value is not written but recorded as failed.
+
+        Args:
+            position: in this part.
+            sample: what to write.
+            coverage: where time was resampled, `[segments, 3]`: text tokens, those with a target, those that end where
+                a token of the parent ends.
+
+        Raises:
+            StoreError: if shapes or extra arrays differ from the manifest, or the position is foreign or taken.
+        """
+        self._claim(position, sample.sample_id, sample.split)
+        tokens = len(sample)
+        expected = (tokens, *self.manifest.geometry.shape)
+        arrays: dict[str, np.ndarray[Any, Any]] = {}
+        for name in KV:
+            tensor = getattr(sample, name)
+            if tensor is None or tuple(tensor.shape) != expected:
+                shape = None if tensor is None else tuple(tensor.shape)
+                raise StoreError(f"sample {sample.sample_id!r}: {name} have shape {shape}, the store holds {expected}")
+            arrays[name] = self._dtype.to_numpy(tensor)
+        extras = checked_extras(sample, self.manifest.extras)
+        sums = {name: _layer_sums(self._dtype.to_float32(arrays[name]), sample.mask) for name in KV}
+        for name in KV:
+            if bad := _not_finite(sums[name]):
+                self._record(position, f"non-finite {name} in layers {bad}")
+                return
+        page = self.manifest.page_tokens
+        if self._quantizer is not None:
+            for name in KV:
+                encoded = self._quantizer.encode(name, arrays.pop(name), page, self._dtype)
+                decoded = self._quantizer.decode(name, encoded, tokens, page, self._dtype)
+                sums[name] = _layer_sums(self._dtype.to_float32(decoded), sample.mask)
+                if bad := _not_finite(sums[name]):
+                    self._record(position, f"{self.manifest.codec} cannot hold the {name} in layers {bad}")
+                    return
+                arrays |= encoded
+        with disk_errors(self.root):
+            self._start[position] = self._num_pages * page
+            for name, writer in self._pages.items():
+                rows = arrays[name] if name in arrays else extras[name]
+                fill = 0 if name in arrays else self.manifest.extras[name].fill_value
+                step = writer.array.page_shape[0]
+                for first in range(0, len(rows), step):
+                    writer.write(_padded(rows[first : first + step], step, fill))
+        for name, dtype in ROW_ARRAYS.items():
+            self._rows[name].append(_padded(getattr(sample, name).astype(dtype), -(-tokens // page) * page))
+        for name, array in self._per_sample.items():
+            array[position] = extras[name]
+        self._length[position] = tokens
+        self._tokens += int(sample.mask.sum())
+        for name in KV:
+            self._sums[name] += sums[name][:2]
+        if coverage is not None:
+            self._coverage = coverage + (0 if self._coverage is None else self._coverage)
+
+    def fail(self, position: int, sample_id: str, split: Split, reason: str) -> None:
+        """Records that this sample has no keys and values, and why."""
+        self._claim(position, sample_id, split)
+        self._record(position, reason)
+
+    def commit(
+        self,
+        sources: dict[str, str] | None = None,
+        *,
+        written_by: str = "",
+        coverage: list[list[int]] | None = None,
+        content: str | None = None,
+    ) -> Path:
+        """Flushes the part and renames it into place.
+
+        Args:
+            sources: the digests of the parent parts this part was made from.
+            written_by: what computed it, for provenance.
+            coverage: of the whole part, where it was not given with the samples.
+            content: the part whose numbers these are, of a store with the same fingerprint; see `PartReader.content`.
+
+        Raises:
+            StoreError: if a sample is missing.
+            PartExistsError: if the part is there already, with other content.
+        """
+        if missing := np.flatnonzero(self._length < 0).tolist():
+            raise StoreError(f"part {self.index}: samples at positions {missing[:5]} were not written")
+        final = self.root / "parts" / part_name(self.index)
+        with disk_errors(self.root):
+            self._write_arrays()
+            attributes = {
+                "index": self.index,
+                "store": self.manifest.fingerprint,
+                "num_rows": self._num_pages * self.manifest.page_tokens,
+                "failed": self._failed,
+                "sources": sources or {},
+                "written_by": written_by,
+                "statistics": self._statistics(),
+                "coverage": coverage if self._coverage is None else self._coverage.tolist(),
+                "files": file_table(self._folder),
+            }
+            if content is not None:
+                attributes["content"] = content
+            attributes["digest"] = digest_json(attributes)
+            header = {"zarr_format": 3, "node_type": "group", "attributes": {"kava_part": attributes}}
+            (self._folder / "zarr.json").write_text(json.dumps(header, indent=1))
+            fsync_tree(self._folder)
+            try:
+                self._folder.rename(final)
+            except OSError as error:
+                if _digest_of(final) == attributes["digest"]:  # Given out twice, after a worker was taken for dead.
+                    return final
+                if final.exists():
+                    raise PartExistsError(f"{final} was written by another process meanwhile; it was kept") from error
+                raise
+            fsync(final.parent)
+        return final
+
+    def abort(self) -> None:
+        """Removes what was not committed."""
+        for writer in self._pages.values():
+            writer.abort()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _claim(self, position: int, sample_id: str, split: Split) -> None:
+        if not 0 <= position < len(self.samples):
+            raise StoreError(f"part {self.index} has {len(self.samples)} samples, there is no position {position}")
+        if self._length[position] >= 0:
+            raise StoreError(f"part {self.index}: position {position} was written twice")
+        self._ids[position], self._split[position] = sample_id, int(split)
+
+    def _record(self, position: int, reason: str) -> None:
+        self._failed[str(position)] = reason
+        self._length[position] = 0
+        self._start[position] = self._num_pages * self.manifest.page_tokens
+
+    @property
+    def _num_pages(self) -> int:
+        """Pages written so far: the same number of every array."""
+        return next(iter(self._pages.values())).num_pages
+
+    def _statistics(self) -> dict[str, Any]:
+        sums = {name: {"sum": s[0].tolist(), "sum_of_squares": s[1].tolist()} for name, s in self._sums.items()}
+        return {"tokens": self._tokens, **sums}
+
+    def _write_arrays(self) -> None:
+        import zarr
+
+        group = zarr.open_group(self._folder, mode="a", zarr_format=3)
+        for name, writer in self._pages.items():
+            writer.close()
+            paged = writer.array
+            page, tail = paged.page_shape[0], paged.page_shape[1:]
+            group.create_array(
+                name,
+                shape=(writer.num_pages * page, *tail),
+                dtype=np.dtype(paged.dtype),
+                chunks=paged.page_shape,
+                shards=(page * paged.pages_per_shard, *tail),
+                fill_value=paged.fill_value,
+                compressors=paged.codec.zarr_codecs(np.dtype(paged.dtype).itemsize),
+                attributes={"dtype": paged.meaning},
+                dimension_names=paged.axes,
+            )
+        for name, dtype in ROW_ARRAYS.items():
+            shape = (0, 2) if name == "spans" else (0,)
+            _small_array(group, name, np.concatenate([np.zeros(shape, dtype), *self._rows[name]]), "token", "edge")
+        _small_array(group, "start", self._start, "sample")
+        _small_array(group, "length", self._length, "sample")
+        _small_array(group, "split", self._split, "sample")
+        _small_array(group, "sample_id", np.array(self._ids, dtype=object), "sample")
+        for name, array in self._per_sample.items():
+            _small_array(group, name, array, *self.manifest.extras[name].dimension_names)
+
+
+def _digest_of(part: Path) -> str | None:
+    try:
+        return str(json.loads((part / "zarr.json").read_text())["attributes"]["kava_part"]["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remove_leftovers(root: Path) -> None:
+    """Removes hidden folders of writers of this host that are no longer alive."""
+    for folder in (root / "parts").glob(".tmp-*"):
+        host, pid, _ = folder.name.removeprefix(".tmp-").split("-", 1)[1].rsplit("-", 2)
+        if host == _host() and not _alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _host() -> str:
+    return socket.gethostname()
+
+
+def _layer_sums(array: np.ndarray[Any, Any], mask: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """`[3, l]`: sum and sum of squares over tokens with a target, and a value that is finite iff all numbers are."""
+    flat = array.reshape(*array.shape[:2], math.prod(array.shape[2:]))
+    # The few hundred numbers of one token in float32, tokens in float64: as exact as needed, at a third of the time.
+    with np.errstate(over="ignore"):
+        rows = np.stack([flat.sum(-1), np.einsum("tlw,tlw->tl", flat, flat)])
+    if not np.isfinite(rows).all():
+        wide = flat.astype(np.float64)
+        rows = np.stack([wide.sum(-1), np.square(wide).sum(-1)])
+    return np.concatenate([rows[:, mask].sum(1, dtype=np.float64), rows[:1].sum(1, dtype=np.float64)])
+
+
+def _not_finite(sums: np.ndarray[Any, Any]) -> list[int]:
+    """The layers whose numbers are not all finite."""
+    found: list[int] = np.flatnonzero(~np.isfinite(sums[2])).tolist()
+    return found
+
+
+def _padded(array: np.ndarray[Any, Any], rows: int, fill: float = 0) -> np.ndarray[Any, Any]:
+    if len(array) == rows:
+        return np.ascontiguousarray(array)
+    out = np.full((rows, *array.shape[1:]), fill, array.dtype)
+    out[: len(array)] = array
+    return out
+
+
+def _small_array(group: Any, name: str, data: np.ndarray[Any, Any], *axes: str) -> None:
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+
+    dtype = "str" if data.dtype == object else data.dtype
+    chunks = tuple(max(1, size) for size in data.shape)
+    array = group.create_array(
+        name,
+        shape=data.shape,
+        dtype=dtype,
+        chunks=chunks,
+        compressors=[ZstdCodec(level=1), Crc32cCodec()],
+        dimension_names=axes[: data.ndim],
+        config={"write_empty_chunks": True},  # An absent chunk reads as zeros; here absent always means damaged.
+    )
+    if math.prod(data.shape):
+        array[...] = data
