@@ -43,6 +43,10 @@ EXAMPLES = {
         "kava inspect runs/demo/targets/smollm2.zarr --align 3",
     ],
     "verify": ["kava verify runs/demo/teachers/smollm2.zarr runs/demo/targets/smollm2.zarr"],
+    "repair": [
+        "kava repair workflows/demo.yaml",
+        "kava repair workflows/demo.yaml --store extract --failed",
+    ],
 }
 
 NOTES = {
@@ -58,7 +62,11 @@ NOTES = {
     "select": "Reads the teacher stores; with `select.geometry: student` the student and its projector are made first.",
     "train": "Goes on at its last checkpoint where `train.save_steps` is set. The targets must be complete.",
     "inspect": "Finds the run's recipe beside the store to show tokens and text.",
-    "verify": "Exit code 1 if anything is damaged.",
+    "verify": "Names part, array, chunk and sample. Exit code 1 if anything is damaged.",
+    "repair": "Verifies every store of the recipe that is there. Damaged parts are set aside and made again: captures\n"
+    "by the teacher, derived parts from their parents; a derived part whose parent has other bits now follows. A store\n"
+    "that is as it was written is left alone, and so are parts that were never written. Cut off, the same command goes\n"
+    "on.",
 }
 
 

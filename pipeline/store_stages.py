@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import KavaError, StageError, StoreError, StoreNotFoundError
+from ..errors import KavaError, StageError, StoreNotFoundError
 from ..extract import Corpus, Encoder, Teacher, capture_store
 from ..extract.generate import Writer
 from ..progress import progress
@@ -27,8 +27,12 @@ if TYPE_CHECKING:
     from ..extract.vllm.teacher import VLLMTeacher
 
 
+@dataclass
 class StoreStage(Stage):
     """A stage whose output is a store."""
+
+    only: frozenset[int] | None = None
+    """Makes these parts alone."""
 
     @abstractmethod
     def manifest(self) -> Manifest:
@@ -62,10 +66,15 @@ class StoreStage(Stage):
 
     def missing(self, store: KVStore) -> list[int]:
         """Those of them that are not there yet."""
-        return sorted(set(self.wanted(store.manifest)) & set(store.missing_parts()))
+        parts = set(self.wanted(store.manifest)) & set(store.missing_parts())
+        return sorted(parts if self.only is None else parts & self.only)
 
     def outdated(self, store: KVStore) -> list[int]:
-        """Parts that were made from a parent part which is another one now."""
+        """Parts that were made from a parent part which is another one now.
+
+        Raises:
+            DamagedStoreError: if a part of either store cannot be opened; good targets outlive a damaged parent.
+        """
         try:
             parent = self.parent()
         except StoreNotFoundError:  # Removed to save space: what was made from it stays good.
@@ -76,7 +85,7 @@ class StoreStage(Stage):
         return [
             number
             for number in store.committed_parts()
-            if number in there and store.part(number).sources.get("parent") != _part_digest(parent, number)
+            if number in there and store.part(number).sources.get("parent") != parent.part(number).digest
         ]
 
 
@@ -143,9 +152,10 @@ class TransformStage(StoreStage):
         parent = self.complete_parent()
         store = KVStore.create(self.output, self.manifest())
         for number in self.outdated(store):
-            store.drop_part(number)
+            if self.only is None or number in self.only:
+                store.drop_part(number)
         transform = self.prepare(parent)
-        missing, there = store.missing_parts(), set(parent.committed_parts())
+        missing, there = self.missing(store), set(parent.committed_parts())
         ready = [part for part in missing if part in there]
         with progress(self.label, len(ready), "parts") as advance:
             run_parts(transform, ready, scheduler=scheduler, on_part=lambda part: advance(1))
@@ -227,7 +237,7 @@ class ProjectStage(TransformStage):
         """Projects the parts that are captured, then runs the teacher over those whose capture is not kept."""
         line = super().make(scheduler)
         run, store, parent = self.run, KVStore.open(self.output), self.parent()
-        if not store.missing_parts():
+        if not self.missing(store):
             return line
         if run.teacher_manifest(self._teacher).fingerprint != parent.manifest.fingerprint:
             raise StageError(f"{parent.path} was captured from another teacher or corpus than the recipe's now")
@@ -359,13 +369,6 @@ def _transform(run: Run, parent: KVStore, out: Path, resampler: str | None, proj
         across_segments=run.recipe.resample.across_segments,
         projector=None if projector is None else str(projector.resolve()),
     )
-
-
-def _part_digest(store: KVStore, number: int) -> str | None:
-    try:
-        return store.part(number).digest
-    except StoreError:
-        return None
 
 
 def _describe(store: KVStore) -> str:

@@ -196,7 +196,7 @@ def test_missing_store_and_foreign_folder(tmp_path: Path) -> None:
     (tmp_path / "zarr.json").write_text("{}")
     with pytest.raises(StoreError, match="not readable"):
         KVStore.open(tmp_path)
-    (tmp_path / "zarr.json").write_text('{"attributes": {}}')
+    (tmp_path / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
     with pytest.raises(StoreError, match="not a kava store"):
         KVStore.open(tmp_path)
 
