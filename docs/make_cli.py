@@ -63,10 +63,10 @@ NOTES = {
     "train": "Goes on at its last checkpoint where `train.save_steps` is set. The targets must be complete.",
     "inspect": "Finds the run's recipe beside the store to show tokens and text.",
     "verify": "Names part, array, chunk and sample. Exit code 1 if anything is damaged.",
-    "repair": "Verifies every store of the recipe that is there. Damaged parts are set aside and made again: captures\n"
-    "by the teacher, derived parts from their parents; a derived part whose parent has other bits now follows. A store\n"
-    "that is as it was written is left alone, and so are parts that were never written. Cut off, the same command goes\n"
-    "on.",
+    "repair": "Verifies every store of the recipe that is there. Damaged parts are set aside and made again:\n"
+    "captures by the teacher, derived parts from their parents; a derived part whose parent has other bits now\n"
+    "follows. A store that is as it was written is left alone, and so are parts that were never written.\n"
+    "Cut off, the same command goes on.",
 }
 
 

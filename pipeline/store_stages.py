@@ -247,9 +247,10 @@ class ProjectStage(TransformStage):
         return _describe(store)
 
     def prepare(self, parent: KVStore) -> Transform:
-        """With the projector, which is saved."""
-        projector = self.fitted(parent)
-        projector.save(path := self.run.projector_path(self._teacher))
+        """With the projector, which is saved if it is a new one."""
+        path = self.run.projector_path(self._teacher)
+        if not self._is_fitted(path):
+            self.fitted(parent).save(path)
         return replace(self.transform(parent), projector=str(path.resolve()))
 
     def transform(self, parent: KVStore) -> Transform:
@@ -262,8 +263,7 @@ class ProjectStage(TransformStage):
         """The projector on disk if it was fitted for this very store, else one that is fitted now."""
         run, settings = self.run, self.run.recipe.project
         path = run.projector_path(self._teacher)
-        wanted = self.manifest().fingerprint
-        if path.exists() and _card(path).get("made_for") == wanted:
+        if self._is_fitted(path):
             return Projector.load(path)
         reference = KVStore.open(run.reference_path) if run.needs_reference else None
         ids = [record.sample_id for record in run.calibration.records]
@@ -279,8 +279,11 @@ class ProjectStage(TransformStage):
             pairs=calibration_pairs(self.transform(parent), parent, ids, reference),
             seed=settings.seed,
         )
-        projector.card["made_for"] = wanted
+        projector.card["made_for"] = self.manifest().fingerprint
         return projector
+
+    def _is_fitted(self, path: Path) -> bool:
+        return path.exists() and _card(path).get("made_for") == self.manifest().fingerprint
 
     def keep(self, projector: Projector) -> None:
         """Saves a projector unless there are targets that another one made."""

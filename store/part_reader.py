@@ -123,6 +123,10 @@ class PartReader:
         if position in self.failed:
             raise SampleFailedError(f"{self.root}: sample {self.ids[position]!r} failed: {self.failed[position]}")
         start, length = int(self.starts[position]), int(self.lengths[position])
+        if length < 1:
+            raise DamagedStoreError(
+                f"{self.path}: sample {self.ids[position]!r} has no rows and is not among the failed"
+            )
         rows = {name: array[start : start + length] for name, array in self.rows.items()}
         kv = {
             name: self.read(name, position) if wanted else None for name, wanted in zip(KV, (keys, values), strict=True)
