@@ -8,14 +8,12 @@ import os
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fixtures.stores import EXTRAS, flip, manifest, overwrite, sample, tree, write_store
+from fixtures.stores import EXTRAS, flip, manifest, mounted, overwrite, sample, tree, write_store
 
 from kava.errors import (
     DamagedStoreError,
@@ -35,19 +33,6 @@ LENGTHS = [3, 4, 9, 1, 6, 12, 5]
 def store(tmp_path: Path) -> KVStore:
     written: KVStore = write_store(tmp_path / "s.zarr", LENGTHS, extras=EXTRAS)[0]
     return written
-
-
-@contextmanager
-def mounted(place: Path, *options: str) -> Iterator[None]:
-    """A file system of one's own at `place`; needs the rights to mount."""
-    place.mkdir(exist_ok=True)
-    run = subprocess.run(["mount", *options, str(place)], capture_output=True, text=True)
-    if run.returncode:
-        pytest.skip(f"mounting needs rights: {run.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 # Disks.
@@ -311,7 +296,7 @@ def test_renaming_on_a_file_server(
             shutil.copytree(other, target)
         raise OSError(code, os.strerror(code))
 
-    expected = {"by us": None, "by another": PartExistsError}.get(moved, StoreError)
+    expected: type[KavaError] | None = {"by us": None, "by another": PartExistsError}.get(moved, StoreError)
     if moved == "not at all" and code == errno.ESTALE:
         expected = RetryLaterError
     with store.write_part(0) as writer:

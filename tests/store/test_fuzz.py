@@ -166,7 +166,7 @@ def _edited(data: st.DataObject, value: Any) -> Any:
 @pytest.mark.parametrize(
     "name", ["zarr.json", "parts/00000/zarr.json", "parts/00001/zarr.json", "parts/00000/keys/zarr.json"]
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), resealed=st.booleans())
 def test_edited_json_is_refused_or_reads_the_same(root: Path, name: str, data: st.DataObject, resealed: bool) -> None:
     """Also where the digest was made right again, as by a forger: then a failure may be claimed, never a wrong number."""
