@@ -43,6 +43,10 @@ EXAMPLES = {
         "kava inspect runs/demo/targets/smollm2.zarr --align 3",
     ],
     "verify": ["kava verify runs/demo/teachers/smollm2.zarr runs/demo/targets/smollm2.zarr"],
+    "repair": [
+        "kava repair workflows/demo.yaml",
+        "kava repair workflows/demo.yaml --store extract --failed",
+    ],
     "transcode": [
         "kava transcode runs/demo/teachers/smollm2.zarr /archive/smollm2.zarr --codec int8",
         "kava transcode runs/demo/targets/smollm2.zarr /nvme/smollm2.zarr --codec none",
@@ -62,7 +66,11 @@ NOTES = {
     "select": "Reads the teacher stores; with `select.geometry: student` the student and its projector are made first.",
     "train": "Goes on at its last checkpoint where `train.save_steps` is set. The targets must be complete.",
     "inspect": "Finds the run's recipe beside the store to show tokens and text.",
-    "verify": "Exit code 1 if anything is damaged.",
+    "verify": "Names part, array, chunk and sample. Exit code 1 if anything is damaged.",
+    "repair": "Verifies every store of the recipe that is there. Damaged parts are set aside and made again:\n"
+    "captures by the teacher, derived parts from their parents; a derived part whose parent has other bits now\n"
+    "follows. A store that is as it was written is left alone, and so are parts that were never written.\n"
+    "Cut off, the same command goes on.",
     "transcode": "From one lossless codec to the other the content is the same, and `OUT` can take the place of "
     "`STORE`: what was made from it stays up to date, if the recipe's `codec` says the new one. A lossy codec or "
     "another dtype makes other content. Checksums are checked as chunks are read. [The format](../store-format.md) has "

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import EXIT_FAULT, EXIT_RETRY, KavaError, RecipeError
-from .cli_store import transcode
+from .cli_store import Overrides, RecipePath, Scheduler, err, out, repair, transcode, verify
 
 app = typer.Typer(
     name="kava",
@@ -28,23 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", "-s", metavar="KEY=VALUE", help="Override a key of the recipe: -s train.alpha=0.5. Repeatable."
-    ),
-]
 Force = Annotated[bool, typer.Option("--force", help="Throw the output away and make it again.")]
-Scheduler = Annotated[
-    str | None,
-    typer.Option(
-        help="Address of a dask scheduler (tcp://host:8786), or processes:N of this machine; its threads if not given."
-    ),
-]
 OnlyTeacher = Annotated[str | None, typer.Option("--teacher", help="Only this teacher of the recipe.")]
 STAGES = ("generate", "student", "extract", "reference", "resample", "project", "select", "train")
 
@@ -209,6 +193,7 @@ def status(
         out.print_json(json.dumps({"stages": rows, "students": students}))
         return
     colours = {"complete": "green", "partial": "yellow", "stale": "yellow", "missing": "dim", "blocked": "dim"}
+    colours["damaged"] = "red"
     table = Table("stage", "state", "detail", "output", box=None, pad_edge=False)
     for row in rows:
         colour = colours[row["state"]]
@@ -240,34 +225,8 @@ def inspect(
     inspect_store(store, out, sample=sample, align=align, recipe=recipe, as_json=as_json)
 
 
-@app.command()
-def verify(
-    stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Stores to check.", show_default=False)],
-) -> None:
-    """Check every byte of every part against its checksums."""
-    from ..progress import progress
-    from ..store import KVStore, verify_store
-
-    damaged = False
-    for path in stores:
-        store = KVStore.open(path)
-        parts = store.committed_parts()
-        with progress("verify", len(parts), "parts") as advance:
-            found = verify_store(store, on_part=lambda part, advance=advance: advance(1))  # type: ignore[misc]
-        for damage in found:
-            err.print(f"{path}: {damage}", style="red", markup=False)
-        missing = len(store.missing_parts())
-        note = f", {missing} not written yet" if missing else ""
-        if found:
-            damaged = True
-            err.print(
-                f"{path}: {len(found)} damages in {len({d.part for d in found})} of {len(parts)} parts{note}",
-                markup=False,
-            )
-        else:
-            out.print(f"{path}: {len(parts)} parts are as they were written{note}", markup=False)
-    if damaged:
-        raise typer.Exit(EXIT_FAULT)
+app.command()(verify)
+app.command()(repair)
 
 
 app.command()(transcode)

@@ -1,4 +1,4 @@
-"""Commands on a store that need no recipe."""
+"""The commands on stores themselves, and what the other commands share with them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,81 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+
+from ..errors import EXIT_FAULT
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", "-s", metavar="KEY=VALUE", help="Override a key of the recipe: -s train.alpha=0.5. Repeatable."
+    ),
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        help="Address of a dask scheduler (tcp://host:8786), or processes:N of this machine; its threads if not given."
+    ),
+]
+
+
+def verify(
+    stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Stores to check.", show_default=False)],
+) -> None:
+    """Check every byte of every part against its checksums."""
+    from ..progress import progress
+    from ..store import KVStore, verify_store
+
+    damaged = False
+    for path in stores:
+        store = KVStore.open(path)
+        parts = store.committed_parts()
+        with progress("verify", len(parts), "parts") as advance:
+            found = verify_store(store, on_part=lambda part, advance=advance: advance(1))  # type: ignore[misc]
+        for damage in found:
+            err.print(f"{path}: {damage}", style="red", markup=False)
+        missing = len(store.missing_parts())
+        note = f", {missing} not written yet" if missing else ""
+        if found:
+            damaged = True
+            err.print(
+                f"{path}: {len(found)} damages in {len({d.part for d in found} - {None})} of {len(parts)} parts{note}",
+                markup=False,
+            )
+        else:
+            out.print(f"{path}: {len(parts)} parts are as they were written{note}", markup=False)
+    if damaged:
+        raise typer.Exit(EXIT_FAULT)
+
+
+def repair(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            "--store", metavar="NAME", help="Only this store: its stage (extract, 'project big') or its path."
+        ),
+    ] = None,
+    failed: Annotated[bool, typer.Option("--failed", help="Make parts with failed samples again too.")] = False,
+    scheduler: Scheduler = None,
+) -> None:
+    """Check the recipe's stores, and make damaged parts again, those alone."""
+    from .recipe import load_recipe
+    from .repair import repair as repair_stores
+    from .run import Run
+
+    repair_stores(
+        Run(load_recipe(recipe, overrides or ())),
+        only=store,
+        failed=failed,
+        scheduler=scheduler,
+        say=lambda label, line: out.print(f"{label + ':':<18} {line}", markup=False),
+    )
 
 
 def transcode(
@@ -17,18 +92,11 @@ def transcode(
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16 or float32; the store's own if not given.")
     ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            help="Address of a dask scheduler (tcp://host:8786), or processes:N of this machine; its threads if not "
-            "given."
-        ),
-    ] = None,
+    scheduler: Scheduler = None,
 ) -> None:
     """Rewrite a store under another codec or dtype, part by part; run again, it goes on where it was stopped."""
     from ..progress import progress
     from ..store import KVStore
-    from .cli import out
     from .transcode import transcode_store
 
     source = KVStore.open(store)

@@ -65,7 +65,8 @@ class Projector:
                 tensors[f"{name}.{index}.bias"] = self.biases[name][index].contiguous()
         header = {"source": self.source.model_dump(), "target": self.target.model_dump(), "layers": self.layers}
         write_atomic(path, save(tensors, {"kava_projector": json.dumps({**header, "card": self.card}, sort_keys=True)}))
-        write_atomic(path.with_suffix(".json"), json.dumps({**header, **self.card}, indent=2).encode())
+        # In one order: the card of a projector that was read again comes sorted.
+        write_atomic(path.with_suffix(".json"), json.dumps({**header, **self.card}, indent=2, sort_keys=True).encode())
 
     @classmethod
     def load(cls, path: Path) -> Projector:

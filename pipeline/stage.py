@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ..errors import AlignmentError, StageError, StoreNotFoundError
+from ..errors import AlignmentError, DamagedStoreError, StageError, StoreNotFoundError
 from ..store.files import disk_errors
 from .run import Run
 
-State = Literal["missing", "partial", "complete", "stale", "blocked"]
+State = Literal["missing", "partial", "complete", "stale", "blocked", "damaged"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ class Stage(ABC):
         except (AlignmentError, StageError, StoreNotFoundError) as error:
             state: State = "stale" if self.output.exists() else "blocked"
             return Status(state, str(error))
+        except DamagedStoreError as error:
+            return Status("damaged", str(error))
 
     def discard(self) -> None:
         """Removes the output; hidden first, so that a half-removed one is never taken for whole."""

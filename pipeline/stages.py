@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import StageError
+from ..errors import DamagedStoreError, StageError
 from ..hub import load_tokenizer
 from ..progress import progress
 from ..store import Split
@@ -139,6 +139,7 @@ def run_stages(
 
     Raises:
         StageError: if a stage's inputs are missing, or a costly output is stale and not forced.
+        DamagedStoreError: if a stage's output, or what it reads, is not as it was written.
     """
     for stage in stages:
         if stage.name in force:
@@ -150,6 +151,8 @@ def run_stages(
             continue
         if status.state == "blocked":
             raise StageError(status.detail)
+        if status.state == "damaged":
+            raise DamagedStoreError(f"{stage.label}: {status.detail}; kava repair makes what is damaged again")
         if status.state == "stale":
             if stage.costly:
                 raise StageError(

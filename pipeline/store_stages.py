@@ -6,11 +6,11 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import KavaError, StageError, StoreError, StoreNotFoundError
+from ..errors import KavaError, StageError, StoreNotFoundError
 from ..extract import Corpus, Encoder, Teacher, capture_store
 from ..extract.generate import Writer
 from ..progress import progress
@@ -28,8 +28,12 @@ if TYPE_CHECKING:
     from ..extract.vllm.teacher import VLLMTeacher
 
 
+@dataclass
 class StoreStage(Stage):
     """A stage whose output is a store."""
+
+    only: frozenset[int] | None = None
+    """Makes these parts alone."""
 
     @abstractmethod
     def manifest(self) -> Manifest:
@@ -63,10 +67,15 @@ class StoreStage(Stage):
 
     def missing(self, store: KVStore) -> list[int]:
         """Those of them that are not there yet."""
-        return sorted(set(self.wanted(store.manifest)) & set(store.missing_parts()))
+        parts = set(self.wanted(store.manifest)) & set(store.missing_parts())
+        return sorted(parts if self.only is None else parts & self.only)
 
     def outdated(self, store: KVStore) -> list[int]:
-        """Parts that were made from a parent part which is another one now, or with a map fitted on other parts."""
+        """Parts that were made from a parent part which is another one now, or with a map fitted on other parts.
+
+        Raises:
+            DamagedStoreError: if a part of either store cannot be opened; good targets outlive a damaged parent.
+        """
         try:
             parent = self.parent()
         except StoreNotFoundError:  # Removed to save space: what was made from it stays good.
@@ -80,7 +89,7 @@ class StoreStage(Stage):
         for number in store.committed_parts():
             sources = store.part(number).sources
             refitted = calibration not in (None, sources.get("calibration", ""))
-            if refitted or (number in there and sources.get("parent") != _part_content(parent, number)):
+            if refitted or (number in there and sources.get("parent") != parent.part(number).content):
                 found.append(number)
         return found
 
@@ -158,8 +167,9 @@ class TransformStage(StoreStage):
         transform = self.prepare(parent)  # Before anything is dropped: the fit may fail.
         store = KVStore.create(self.output, self.manifest())
         for number in self.outdated(store):
-            store.drop_part(number)
-        missing, there = store.missing_parts(), set(parent.committed_parts())
+            if self.only is None or number in self.only:
+                store.drop_part(number)
+        missing, there = self.missing(store), set(parent.committed_parts())
         ready = [part for part in missing if part in there]
         with progress(self.label, len(ready), "parts") as advance:
             run_parts(transform, ready, scheduler=scheduler, on_part=lambda part: advance(1))
@@ -251,7 +261,7 @@ class ProjectStage(TransformStage):
         """Projects the parts that are captured, then runs the teacher over those whose capture is not kept."""
         line = super().make(scheduler)
         run, store, parent = self.run, KVStore.open(self.output), self.parent()
-        if not store.missing_parts():
+        if not self.missing(store):
             return line
         if run.teacher_manifest(self._teacher).fingerprint != parent.manifest.fingerprint:
             raise StageError(f"{parent.path} was captured from another teacher or corpus than the recipe's now")
@@ -261,9 +271,10 @@ class ProjectStage(TransformStage):
         return _describe(store)
 
     def prepare(self, parent: KVStore) -> Transform:
-        """With the projector, which is saved."""
-        projector = self.fitted(parent)
-        projector.save(path := self.run.projector_path(self._teacher))
+        """With the projector, which is saved if it is a new one."""
+        path = self.run.projector_path(self._teacher)
+        if not self.is_fitted():
+            self.fitted(parent).save(path)
         return replace(self.transform(parent), projector=str(path.resolve()), calibration=self.calibration())
 
     def transform(self, parent: KVStore) -> Transform:
@@ -306,10 +317,11 @@ class ProjectStage(TransformStage):
         if "calibration" not in self.manifest().parameters["project"]:
             return ""
         parent = self.parent()
-        digests = [_part_content(parent, number) for number in self.run.calibration_parts]
+        there = set(parent.committed_parts())
+        digests = [parent.part(n).content if n in there else None for n in self.run.calibration_parts]
         if self.run.needs_reference:
             reference = KVStore.open(self.run.reference_path)
-            digests += [_part_content(reference, number) for number in reference.committed_parts()]
+            digests += [reference.part(number).content for number in reference.committed_parts()]
         return digest_json(digests)
 
     def keep(self, projector: Projector) -> bool:
@@ -405,13 +417,6 @@ def _transform(run: Run, parent: KVStore, out: Path, fingerprint: str, resampler
         fingerprint=fingerprint,
         projector=None,
     )
-
-
-def _part_content(store: KVStore, number: int) -> str | None:
-    try:
-        return store.part(number).content
-    except StoreError:
-        return None
 
 
 def _describe(store: KVStore) -> str:

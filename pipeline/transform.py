@@ -18,6 +18,7 @@ from ..errors import StageError
 from ..extract import Corpus, CorpusSettings, Encoder, load_corpus
 from ..hub import find_model, load_tokenizer
 from ..store import Derive, ExtraArray, KVSample, KVStore, Manifest, Split
+from ..store.fingerprint import file_stamp
 from .moments import Pair
 from .projector import Projector
 from .resample import TimeMap, coverage, identity_map, time_map
@@ -226,19 +227,19 @@ def load_projector(path: str) -> Projector:
     return _projector(path, _stamp(path))
 
 
-# A dask worker outlives a run: what it remembers is remembered under the file's time of change too.
+# A dask worker outlives a run: what it remembers is remembered under the file's stamp too.
 
 
-def _stamp(path: str) -> int:
+def _stamp(path: str) -> tuple[int, ...]:
     file = Path(path).expanduser()
-    return file.stat().st_mtime_ns if file.exists() else 0
+    return file_stamp(file) if file.exists() else ()
 
 
 @cache
-def _corpus(settings: CorpusSettings, stamp: int) -> Corpus:
+def _corpus(settings: CorpusSettings, stamp: tuple[int, ...]) -> Corpus:
     return load_corpus(settings)
 
 
 @cache
-def _projector(path: str, stamp: int) -> Projector:
+def _projector(path: str, stamp: tuple[int, ...]) -> Projector:
     return Projector.load(Path(path))

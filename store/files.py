@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import KavaError, RetryLaterError, StoreError
+from ..errors import DamagedStoreError, KavaError, RetryLaterError, StoreError
 
 _RETRY = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE}
 
@@ -34,6 +35,49 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise StoreError(
             f"{path}: cannot write here: {reason.lower()}; choose another run_dir or its rights"
         ) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns an `OSError` while reading `path` into an error that says what it means; a missing file stays one.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedStoreError: the disk cannot give back what was written to it.
+        RetryLaterError: a file server lost track of the file.
+        StoreError: the file must not be read.
+    """
+    try:
+        yield
+    except (KavaError, FileNotFoundError):
+        raise
+    except OSError as error:
+        reason = os.strerror(error.errno).lower() if error.errno else str(error)
+        if error.errno == errno.ESTALE:
+            raise RetryLaterError(f"{path}: {reason}; run the same command again") from error
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise StoreError(f"{path}: cannot be read: {reason}; mend its rights") from error
+        raise DamagedStoreError(f"{path}: cannot be read: {reason}") from error
+
+
+def write_protect(root: Path) -> None:
+    """Takes the right to write from every file below `root`: an editor or a stray `>` then fails at once.
+
+    Folders keep theirs: who may make parts must be able to rename and remove them. A file system without rights is none
+    the worse for it, so that is no error.
+    """
+    for path in root.rglob("*"):
+        if path.is_file():
+            with suppress(OSError):
+                path.chmod(path.stat().st_mode & 0o444)
+
+
+def remove(path: Path) -> None:
+    """Removes a folder with all that is in it, or a file, or a link and not what it leads to; or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:

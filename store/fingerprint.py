@@ -19,12 +19,12 @@ def digest_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as 32 hexadecimal digits.
 
     The digest of a file above 1 MiB is remembered in the user's cache folder under its path, size, inode and
-    modification time: a 15 GB checkpoint is read once, not at every `kava status`.
+    times of change: a 15 GB checkpoint is read once, not at every `kava status`.
     """
     stat = path.stat()
     if stat.st_size < 1 << 20:
         return _sha256(path)
-    key = digest_json([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino])
+    key = digest_json([str(path.resolve()), *file_stamp(path)])
     note = cache_folder() / "digests" / key
     if note.is_file() and len(known := note.read_text()) == 32:
         return known
@@ -37,6 +37,15 @@ def digest_file(path: Path) -> str:
     except OSError:  # A home that cannot be written only costs time.
         pass
     return found
+
+
+def file_stamp(path: Path) -> tuple[int, int, int, int]:
+    """What is another when a file was written again: size, inode, modification and change time.
+
+    Only ever compared for equality: a clock may jump, and a copy may bring an old modification time along.
+    """
+    stat = path.stat()
+    return stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def cache_folder() -> Path:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,14 @@ import numpy as np
 from ..errors import PartExistsError, StoreError
 from .dtypes import dtype_of
 from .extras import checked_extras
-from .files import disk_errors, file_table, fsync, fsync_tree
+from .files import disk_errors, file_table, fsync, fsync_tree, remove, write_protect
 from .fingerprint import digest_json
 from .manifest import Manifest
 from .part import KV, ROW_ARRAYS, paged_arrays, part_name
 from .quantize import LOSSY
 from .sample import KVSample, Split
 from .shard import PageWriter
+from .table import read_header
 
 
 class PartWriter:
@@ -166,13 +169,16 @@ class PartWriter:
             attributes["digest"] = digest_json(attributes)
             header = {"zarr_format": 3, "node_type": "group", "attributes": {"kava_part": attributes}}
             (self._folder / "zarr.json").write_text(json.dumps(header, indent=1))
+            write_protect(self._folder)
             fsync_tree(self._folder)
             try:
                 self._folder.rename(final)
             except OSError as error:
-                if _digest_of(final) == attributes["digest"]:  # Given out twice, after a worker was taken for dead.
+                # A file server renamed and its answer got lost, or the part was given out twice: the same bits.
+                if _digest_of(final) == attributes["digest"]:
+                    fsync(final.parent)
                     return final
-                if final.exists():
+                if os.path.lexists(final):
                     raise PartExistsError(f"{final} was written by another process meanwhile; it was kept") from error
                 raise
             fsync(final.parent)
@@ -235,19 +241,22 @@ class PartWriter:
             _small_array(group, name, array, *self.manifest.extras[name].dimension_names)
 
 
-def _digest_of(part: Path) -> str | None:
-    try:
-        return str(json.loads((part / "zarr.json").read_text())["attributes"]["kava_part"]["digest"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def remove_leftovers(root: Path) -> None:
     """Removes hidden folders of writers of this host that are no longer alive."""
     for folder in (root / "parts").glob(".tmp-*"):
-        host, pid, _ = folder.name.removeprefix(".tmp-").split("-", 1)[1].rsplit("-", 2)
-        if host == _host() and not _alive(int(pid)):
+        made = re.fullmatch(r"\.tmp-\d+-(.+)-(\d+)-[0-9a-f]+", folder.name)
+        if made and made[1] == _host() and not _alive(int(made[2])):
             shutil.rmtree(folder, ignore_errors=True)
+    for folder in (root / "parts").glob(".drop-*"):
+        with suppress(OSError):  # Its remover may be at it.
+            remove(folder)
+
+
+def _digest_of(part: Path) -> str | None:
+    try:
+        return str(read_header(part / "zarr.json")["kava_part"]["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _alive(pid: int) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -18,6 +19,7 @@ import numpy as np
 
 from ..errors import DamagedStoreError
 from .codec import Codec, crc32c
+from .files import reading
 
 SHARD_BYTES: Final = 128 << 20
 """Raw bytes per shard, at most."""
@@ -97,7 +99,8 @@ class PageWriter:
     def abort(self) -> None:
         """Closes the file without finishing the shard."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # What is still buffered does not fit on a full disk, and is not wanted.
+                self._file.close()
             self._file = None
 
     def _begin(self, shard: int) -> None:
@@ -114,6 +117,8 @@ class PageReader:
 
     array: PagedArray
     num_pages: int
+    check: bool = True
+    """Whether to compare each chunk with its checksum."""
     _indices: dict[int, np.ndarray[Any, Any]] = field(default_factory=dict)
 
     def read(self, first: int, count: int) -> np.ndarray[Any, Any]:
@@ -129,12 +134,17 @@ class PageReader:
             index = self.index(shard)[start:stop]
             path = self.array.shard_path(shard)
             base, end = int(index[0, 0]), int(index[:, 0].max() + index[index[:, 0].argmax(), 1])
-            with path.open("rb") as file:
-                data = memoryview(os.pread(file.fileno(), end - base, base))
+            try:
+                with reading(path), path.open("rb") as file:
+                    data = memoryview(os.pread(file.fileno(), end - base, base))
+            except FileNotFoundError:
+                raise DamagedStoreError(f"{path}: the shard is missing") from None
             for row, (offset, nbytes) in enumerate(index.tolist()):
                 page = shard * self.array.pages_per_shard + start + row
                 try:
-                    self.array.codec.decode(data[offset - base : offset - base + nbytes], out[page - first])
+                    self.array.codec.decode(
+                        data[offset - base : offset - base + nbytes], out[page - first], check=self.check
+                    )
                 except (DamagedStoreError, RuntimeError, ValueError, struct.error) as error:
                     raise DamagedStoreError(f"{path}: chunk {page}: {error}") from error
         return out.reshape(count * self.array.page_shape[0], *self.array.page_shape[1:])
@@ -149,7 +159,7 @@ class PageReader:
         path, slots = self.array.shard_path(shard), self.array.pages_per_shard
         tail = slots * 16 + 4
         try:
-            with path.open("rb") as file:
+            with reading(path), path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 data = os.pread(file.fileno(), tail, max(0, size - tail))
         except FileNotFoundError:
@@ -158,7 +168,8 @@ class PageReader:
             raise DamagedStoreError(f"{path}: the shard's index is damaged")
         index = np.frombuffer(data[:-4], "<u8").reshape(slots, 2)
         used = index[: min(slots, self.num_pages - shard * slots)]
-        if bool((used == _EMPTY).any()) or bool((used.sum(axis=1) > size - tail).any()):
+        # Each alone first: a sum of two such numbers could wrap around.
+        if bool((used > size - tail).any()) or bool((used.sum(axis=1) > size - tail).any()):
             raise DamagedStoreError(f"{path}: the shard's index points outside its file")
         return used
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,13 +13,14 @@ import numpy as np
 
 from ..errors import ManifestMismatchError, StoreError, StoreNotFoundError
 from .dtypes import DType, dtype_of
-from .files import disk_errors, write_atomic
+from .files import disk_errors, reading, remove, write_atomic
 from .geometry import KVGeometry
 from .manifest import Manifest
 from .part import part_name
 from .part_reader import PartReader
 from .part_writer import PartWriter, remove_leftovers
 from .sample import KVBatch, KVSample, Segment, Split, collate
+from .table import header_bytes, read_header
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -29,18 +29,24 @@ if TYPE_CHECKING:
 
 _BLOCK_BYTES: Final = 64 << 20
 _OPEN_PARTS: Final = 64
+_ASIDE: Final = ".aside-"
 
 
 class KVStore(Sequence[KVSample]):
     """A store of keys and values. `store[i]` is the i-th sample of the corpus."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path, self.manifest = path, manifest
+    def __init__(self, path: Path, manifest: Manifest, *, check: bool = True) -> None:
+        self.path, self.manifest, self.check = path, manifest, check
         self._parts: OrderedDict[int, PartReader] = OrderedDict()
 
     @classmethod
-    def open(cls, path: str | Path) -> KVStore:
+    def open(cls, path: str | Path, *, check: bool = True) -> KVStore:
         """Opens a store for reading.
+
+        Args:
+            path: of the store.
+            check: whether to compare what is read with its checksums. Without, damage may be read as numbers: for a
+                store that was just verified, or on a file system that checks by itself.
 
         Raises:
             StoreNotFoundError: if there is none.
@@ -49,13 +55,15 @@ class KVStore(Sequence[KVSample]):
         path = Path(path)
         header = path / "zarr.json"
         try:
-            raw = json.loads(header.read_text())
-            attributes = raw["attributes"]
+            with reading(header):
+                attributes = read_header(header)
         except FileNotFoundError:
             raise StoreNotFoundError(f"there is no store at {path}") from None
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except StoreError:
+            raise
+        except ValueError as error:
             raise StoreError(f"{header} is not readable: {error}") from None
-        return cls(path, Manifest.from_attributes(attributes if isinstance(attributes, dict) else {}, str(path)))
+        return cls(path, Manifest.from_attributes(attributes, str(path)), check=check)
 
     @classmethod
     def create(cls, path: str | Path, manifest: Manifest) -> KVStore:
@@ -73,13 +81,13 @@ class KVStore(Sequence[KVSample]):
                     f"{path} holds other content ({fields}). Replace it with --force, or choose another run_dir"
                 )
             remove_leftovers(path)
+            store.remove_set_aside()
             return store
         with disk_errors(path):
             (path / "parts").mkdir(parents=True, exist_ok=True)
         for folder in (path / "parts", path):
             attributes = {"kava": manifest.model_dump(mode="json")} if folder == path else {}
-            header = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-            write_atomic(folder / "zarr.json", json.dumps(header, indent=1, ensure_ascii=False).encode())
+            write_atomic(folder / "zarr.json", header_bytes(attributes))
         return cls(path, manifest)
 
     def __repr__(self) -> str:
@@ -159,16 +167,23 @@ class KVStore(Sequence[KVSample]):
     def part(self, index: int) -> PartReader:
         """The reader of a part; a bounded number of them is kept open."""
         if index not in self._parts:
-            self._parts[index] = PartReader(self.path, self.manifest, index)
+            self._parts[index] = PartReader(self.path, self.manifest, index, check=self.check)
             while len(self._parts) > _OPEN_PARTS:
                 self._parts.popitem(last=False)
         self._parts.move_to_end(index)
         return self._parts[index]
 
     def committed_parts(self) -> list[int]:
-        """Numbers of the parts that are written."""
-        names = (p.name for p in (self.path / "parts").glob("[0-9]*") if p.is_dir())
-        found = sorted(int(name) for name in names if re.fullmatch(r"\d{5,}", name))
+        """Numbers of the parts that are written; what lies in a part's place and is none counts, as a damaged one."""
+        return self._parts_named("")
+
+    def parts_set_aside(self) -> list[int]:
+        """Numbers of the parts that were taken out and not written again yet."""
+        return self._parts_named(_ASIDE)
+
+    def _parts_named(self, prefix: str) -> list[int]:
+        names = (p.name.removeprefix(prefix) for p in (self.path / "parts").glob(f"{prefix}[0-9]*"))
+        found = sorted(int(name) for name in names if re.fullmatch(r"[0-9]+", name) and name == part_name(int(name)))
         return [index for index in found if index < self.manifest.num_parts]
 
     def missing_parts(self) -> list[int]:
@@ -182,14 +197,26 @@ class KVStore(Sequence[KVSample]):
 
     def drop_part(self, index: int) -> None:
         """Removes a part, so that it is written again; derived parts notice by its digest."""
-        import shutil
-
         self._parts.pop(index, None)
         with disk_errors(self.path):
             doomed = self.path / "parts" / f".drop-{part_name(index)}"
-            shutil.rmtree(doomed, ignore_errors=True)
+            remove(doomed)
             (self.path / "parts" / part_name(index)).rename(doomed)
-            shutil.rmtree(doomed)
+            remove(doomed)
+
+    def set_aside(self, index: int) -> None:
+        """Takes a part out, but keeps it under a hidden name until it is written again: see `remove_set_aside`."""
+        self._parts.pop(index, None)
+        with disk_errors(self.path):
+            hidden = self.path / "parts" / f"{_ASIDE}{part_name(index)}"
+            remove(hidden)
+            (self.path / "parts" / part_name(index)).rename(hidden)
+
+    def remove_set_aside(self) -> None:
+        """Removes parts that were set aside and are written again."""
+        with disk_errors(self.path):
+            for index in set(self.parts_set_aside()) & set(self.committed_parts()):
+                remove(self.path / "parts" / f"{_ASIDE}{part_name(index)}")
 
     def indices(self, split: Split | None = None) -> list[int]:
         """Samples that are written and did not fail, of one split or of all."""
@@ -271,7 +298,7 @@ class KVStore(Sequence[KVSample]):
             part = self.part(number)
             for run in _runs(part.lengths.tolist(), max(1, _BLOCK_BYTES // row_bytes)):
                 tokens = int(part.lengths[run.start : run.stop].sum())
-                block = load(str(self.path), number, run.start, run.stop, name, part.digest)
+                block = load(str(self.path), self.check, number, run.start, run.stop, name, part.digest)
                 blocks.append(da.from_delayed(block, (tokens, *shape), dtype))
         if not blocks:
             return da.zeros((0, *shape), dtype=dtype)
@@ -290,8 +317,10 @@ def _runs(lengths: list[int], limit: int) -> Iterator[range]:
         yield range(first, len(lengths))
 
 
-def _read_block(path: str, number: int, first: int, stop: int, name: str, digest: str) -> np.ndarray[Any, Any]:
-    store = KVStore.open(path)
+def _read_block(
+    path: str, check: bool, number: int, first: int, stop: int, name: str, digest: str
+) -> np.ndarray[Any, Any]:
+    store = KVStore.open(path, check=check)
     part = store.part(number)
     if part.digest != digest:
         raise StoreError(f"{path}: part {number} was rewritten since this dask array was made; make it again")

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from fixtures.command import kava, rows, write_recipe
-from fixtures.stores import tree
+from fixtures.stores import overwrite, tree
 
 from kava.errors import StageError
 from kava.extract.hf import HFTeacher
@@ -168,7 +168,7 @@ def test_a_part_captured_again_makes_only_its_slots_stale(done: Path) -> None:
     again = KVStore.open(slots.path)
     assert [part for part in before if again.part(part).digest != before[part]] == [3]
     for name, content in saved.items():
-        (teacher.path / "parts/00003" / name).write_bytes(content)
+        overwrite(teacher.path / "parts/00003" / name, content)
     kava("run", done, "--only", "select")
     assert tree(slots.path) == whole
 

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from .errors import HubUnreachableError, ModelNotFoundError
 from .store import KVGeometry, ModelIdentity, cache_folder, digest_file, digest_json
+from .store.fingerprint import file_stamp
 from .tap import attention_layout, probe_geometry
 
 _WEIGHTS: Final = ("*.safetensors", "*.gguf", "*.bin")
@@ -37,7 +38,7 @@ class ModelSource:
     gguf_file: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
-    stamp: int = 0
+    stamp: tuple[int, ...] = ()
     """Changes when a local folder or file is replaced, so that nothing remembered of the old one is used."""
 
     @property
@@ -80,8 +81,7 @@ def find_model(name: str, *, revision: str | None = None, trust_remote_code: boo
     else:
         return ModelSource(name, location, revision=revision, trust_remote_code=trust_remote_code)
     folder, gguf = (str(path.parent), path.name) if path.is_file() else (str(path), None)
-    stat = path.stat()
-    return ModelSource(name, folder, gguf, revision, trust_remote_code, stat.st_mtime_ns ^ stat.st_ino)
+    return ModelSource(name, folder, gguf, revision, trust_remote_code, file_stamp(path))
 
 
 @cache

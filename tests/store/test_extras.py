@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fixtures.stores import EXTRAS, manifest, sample, tree, write_store
+from fixtures.stores import EXTRAS, manifest, overwrite, sample, tree, write_store
 from pydantic import ValidationError
 
 from kava.errors import DamagedStoreError, ManifestMismatchError, StoreError
@@ -39,7 +39,7 @@ def test_numbers_of_samples_are_read_together(tmp_path: Path) -> None:
 def test_extras_are_read_only_if_asked_for(tmp_path: Path) -> None:
     store, _ = write_store(tmp_path / "s.zarr", LENGTHS, extras=EXTRAS)
     shard = store.path / "parts/00000/importance/c/0/0/0"
-    shard.write_bytes(b"\0" * shard.stat().st_size)
+    overwrite(shard, b"\0" * shard.stat().st_size)
     assert store.sample(0, extras=False).extras.keys() == {n for n, kind in EXTRAS.items() if kind.axis == "sample"}
     assert store.batch([0, 1]).keys is not None
     with pytest.raises(DamagedStoreError, match="importance"):
@@ -51,7 +51,7 @@ def test_a_damaged_extra_names_its_chunk_and_sample(tmp_path: Path) -> None:
     shard = store.path / "parts/00001/indices/c/0/0/0"
     good = bytearray(shard.read_bytes())
     good[int(store.part(1).pages["indices"].index(0)[1, 0]) + 17] ^= 8
-    shard.write_bytes(bytes(good))
+    overwrite(shard, bytes(good))
     (damage,) = KVStore.open(store.path).verify()
     assert (damage.part, damage.array, damage.chunk, damage.sample_ids) == (1, "indices", 1, ("sample-4",))
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from fixtures.stores import EXTRAS, GEOMETRY, manifest, read_open, read_path, sample, tree, write_store
+from fixtures.stores import EXTRAS, GEOMETRY, flip, manifest, overwrite, read_open, read_path, sample, tree, write_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -161,9 +161,8 @@ def test_batch_pads_on_the_right_and_masks(store: KVStore) -> None:
 
 
 def test_only_what_is_asked_for_is_read(store: KVStore) -> None:
-    (store.path / "parts/00000/values/c/0/0/0/0").write_bytes(
-        b"\0" * (store.path / "parts/00000/values/c/0/0/0/0").stat().st_size
-    )
+    shard = store.path / "parts/00000/values/c/0/0/0/0"
+    overwrite(shard, b"\0" * shard.stat().st_size)
     assert store.sample(0, values=False).values is None
     with pytest.raises(DamagedStoreError):
         store.sample(0, keys=False)
@@ -196,7 +195,7 @@ def test_missing_store_and_foreign_folder(tmp_path: Path) -> None:
     (tmp_path / "zarr.json").write_text("{}")
     with pytest.raises(StoreError, match="not readable"):
         KVStore.open(tmp_path)
-    (tmp_path / "zarr.json").write_text('{"attributes": {}}')
+    (tmp_path / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
     with pytest.raises(StoreError, match="not a kava store"):
         KVStore.open(tmp_path)
 
@@ -337,22 +336,20 @@ def test_verify_finds_one_flipped_bit_in_any_file(store: KVStore) -> None:
             continue  # The group of parts itself holds nothing.
         good = path.read_bytes()
         at = int(rng.integers(len(good)))
-        path.write_bytes(good[:at] + bytes([good[at] ^ (1 << int(rng.integers(8)))]) + good[at + 1 :])
+        flip(path, at, int(rng.integers(8)))
         part, array = path.relative_to(store.path / "parts").parts[:2]
         found = KVStore.open(store.path).verify()
         assert [d.part for d in found] == [int(part)] * len(found), path
         assert found, path
         assert {d.array for d in found} == {array}, path
-        path.write_bytes(good)
+        overwrite(path, good)
     assert KVStore.open(store.path).verify() == []
 
 
 def test_verify_names_the_chunk_and_its_sample(store: KVStore) -> None:
     path = store.path / "parts/00001/keys/c/0/0/0/0"
     index = store.part(1).pages["keys"].index(0)
-    good = bytearray(path.read_bytes())
-    good[int(index[2, 0]) + 20] ^= 4
-    path.write_bytes(bytes(good))
+    flip(path, int(index[2, 0]) + 20, 2)
     (damage,) = KVStore.open(store.path).verify()
     assert (damage.part, damage.array, damage.chunk, damage.sample_ids) == (1, "keys", 2, ("sample-4",))
     assert "checksum mismatch" in str(damage)
@@ -366,7 +363,7 @@ def test_missing_truncated_and_exchanged_parts_are_noticed(store: KVStore, tmp_p
     part = store.path / "parts/00000"
     shard = part / "keys/c/0/0/0/0"
     if how == "truncate":
-        shard.write_bytes(shard.read_bytes()[:-7])
+        overwrite(shard, shard.read_bytes()[:-7])
     elif how == "remove":
         shard.unlink()
     elif how == "extra":
@@ -376,7 +373,7 @@ def test_missing_truncated_and_exchanged_parts_are_noticed(store: KVStore, tmp_p
         other, _ = write_store(tmp_path / "other.zarr", LENGTHS, corpus_digest="other")
         for path in (other.path / "parts/00000").rglob("*"):
             if path.is_file():
-                (part / path.relative_to(other.path / "parts/00000")).write_bytes(path.read_bytes())
+                overwrite(part / path.relative_to(other.path / "parts/00000"), path.read_bytes())
     again = KVStore.open(store.path)
     assert [d.part for d in again.verify()] == [0]
     if how != "extra":

@@ -1,0 +1,178 @@
+"""Making what is damaged again, and nothing else.
+
+A part that is not as it was written is set aside, not removed: the next call knows by it what is still to be made,
+should this one be cut off. It is removed when the new part is there. A derived part whose parent part has other bits
+now is made again too; after the same machine has made the same bits, none is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import RecipeError, StageError, StoreError, StoreNotFoundError
+from ..progress import progress
+from ..store import KVStore, verify_store
+from ..store.files import write_atomic
+from ..store.table import header_bytes
+from .run import Run
+from .stages import stages_of
+from .store_stages import StoreStage
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What became of one store."""
+
+    label: str
+    """Of its stage."""
+    damages: tuple[str, ...]
+    """What was found, for people."""
+    parts: tuple[int, ...]
+    """The parts that were made again."""
+    line: str
+    """For people."""
+
+
+def repair(
+    run: Run,
+    *,
+    only: str | None = None,
+    failed: bool = False,
+    scheduler: str | None = None,
+    say: Callable[[str, str], None] = lambda label, line: None,
+) -> list[Repaired]:
+    """Checks every store of a run that is there, and makes damaged parts again from the teacher or their parents.
+
+    Args:
+        run: the run.
+        only: the name or label of a stage, or the path of its store: only that one.
+        failed: also make parts with failed samples again.
+        scheduler: see `run_parts`.
+        say: called with a stage's label and what was found or done, as it comes.
+
+    Returns:
+        One entry for each store that is there.
+
+    Raises:
+        RecipeError: if `only` names no store of the recipe.
+        StageError: if a damaged store is not what the recipe describes, or what it is made from is not there.
+    """
+    stages = [stage for stage in stages_of(run) if isinstance(stage, StoreStage)]
+    if only is not None:
+        named = {s.label: s for s in stages if only in (s.name, s.label) or Path(only).resolve() == s.output.resolve()}
+        if not named:
+            known = ", ".join(f"{stage.label!r} ({stage.output})" for stage in stages)
+            raise RecipeError(f"--store {only}: this recipe has no such store, only {known}")
+        stages = list(named.values())
+    found = [_repair_stage(stage, failed=failed, scheduler=scheduler, say=say) for stage in stages]
+    return [repaired for repaired in found if repaired is not None]
+
+
+def _repair_stage(
+    stage: StoreStage, *, failed: bool, scheduler: str | None, say: Callable[[str, str], None]
+) -> Repaired | None:
+    damages: list[str] = []
+    try:
+        store = KVStore.open(stage.output)
+    except StoreNotFoundError:
+        if not any((stage.output / "parts").glob("[0-9]*")):
+            say(stage.label, "not made yet")
+            return None
+        store, problem = _restored(stage, "the store's zarr.json is missing")
+        damages.append(problem)
+    except StoreError as error:
+        store, problem = _restored(stage, str(error))
+        damages.append(problem)
+    with progress(f"verify {stage.label}", len(store.committed_parts()), "parts") as advance:
+        found = verify_store(store, on_part=lambda part: advance(1))
+    damages += map(str, found)
+    bad = {damage.part for damage in found if damage.part is not None}
+    if any(damage.part is None for damage in found):
+        write_atomic(store.path / "parts" / "zarr.json", header_bytes({}))
+    if failed:
+        bad |= {p for p in store.committed_parts() if p not in bad and _may_retry(stage, store, p)}
+    # An older recipe's store may be whole; only to change it, the recipe must be the one that made it.
+    waiting = set(store.parts_set_aside()) - set(store.committed_parts())
+    fits = not store.manifest.differences(stage.manifest()) if bad or waiting else True
+    for line in damages:
+        say(stage.label, line)
+    if not fits:
+        raise StageError(
+            f"{stage.label}: {stage.output} has {len(bad)} parts to be made again, but this recipe describes another "
+            "store; repair it with the recipe that made it, or replace it (kava run --force)"
+        )
+    if bad | waiting:
+        _check_inputs(stage, bad | waiting)
+    for part in sorted(bad):
+        store.set_aside(part)
+    parts = bad | waiting | set(_outdated(stage, store))
+    if not parts:
+        line = "repaired its headers" if damages else f"{len(store.committed_parts())} parts are as they were written"
+        say(stage.label, line)
+        return Repaired(stage.label, tuple(damages), (), line)
+    stage.only = frozenset(parts)
+    made = stage.make(scheduler)
+    KVStore.open(stage.output).remove_set_aside()
+    line = f"made part{'s' * (len(parts) > 1)} {', '.join(map(str, sorted(parts)))} again; {made}"
+    say(stage.label, line)
+    return Repaired(stage.label, tuple(damages), tuple(sorted(parts)), line)
+
+
+def _restored(stage: StoreStage, reason: str) -> tuple[KVStore, str]:
+    """Writes the manifest that the recipe asks for, if parts that are there were written under it.
+
+    Raises:
+        StageError: if none was: then it is the recipe that differs, or everything is lost.
+    """
+    wanted = stage.manifest()
+    store = KVStore(stage.output, wanted)
+    if not any(_belongs(store, part) for part in store.committed_parts()):
+        raise StageError(
+            f"{stage.label}: {reason}; no part there was written for this recipe, so its manifest cannot be written "
+            f"again. Repair with the recipe that made it, or kava run --force {stage.name}"
+        )
+    write_atomic(stage.output / "zarr.json", header_bytes({"kava": wanted.model_dump(mode="json")}))
+    return KVStore.open(stage.output), f"{reason}; written again from the recipe"
+
+
+def _belongs(store: KVStore, part: int) -> bool:
+    """Whether a part was written under this manifest, its codec included, which the fingerprint leaves out."""
+    try:
+        reader = store.part(part)
+        for position in range(len(reader)):
+            if position not in reader.failed:
+                reader.sample(position)
+                return True
+    except StoreError:
+        return False
+    return True
+
+
+def _may_retry(stage: StoreStage, store: KVStore, part: int) -> bool:
+    """Whether a part has failed samples that its own stage has computed: those of a derived part are its parent's."""
+    if not store.part(part).failed:
+        return False
+    return not store.part(part).sources
+
+
+def _check_inputs(stage: StoreStage, parts: set[int]) -> None:
+    """Before anything is set aside.
+
+    Raises:
+        StageError: if what these parts are made from is not there.
+        DamagedStoreError: if it is damaged itself.
+    """
+    try:
+        parent = stage.parent()
+    except StoreNotFoundError as error:
+        raise StageError(f"{stage.label}: damaged parts cannot be made again: {error}") from None
+    if parent is not None:
+        for part in parts & set(parent.committed_parts()):
+            parent.part(part)
+
+
+def _outdated(stage: StoreStage, store: KVStore) -> list[int]:
+    found = stage.outdated(store)
+    return found if found and not store.manifest.differences(stage.manifest()) else []
