@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -188,7 +189,11 @@ class PartWriter:
         """Removes what was not committed."""
         for writer in self._pages.values():
             writer.abort()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        for _ in range(20):  # After an error of one file, zarr's threads may still be at others.
+            shutil.rmtree(self._folder, ignore_errors=True)
+            if not self._folder.exists():
+                return
+            time.sleep(0.05)
 
     def _claim(self, position: int, sample_id: str, split: Split) -> None:
         if not 0 <= position < len(self.samples):
