@@ -198,8 +198,9 @@ def test_training_opens_no_teacher(done: Path, tmp_path: Path) -> None:
     recipe = load_recipe(done)
     moved = done.parent / "elsewhere"
     (done.parent / "run/teachers").rename(moved)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
-        printed = kava("train", done, "-s", "train.name=offline", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+        printed = kava("train", done, "-s", "train.name=offline", env={**os.environ, "PYTHONPATH": path})
     finally:
         moved.rename(done.parent / "run/teachers")
     lines = printed.splitlines()
