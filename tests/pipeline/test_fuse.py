@@ -64,8 +64,8 @@ def oracle_weights(rule: str, stores: Mapping[str, KVStore], index: int, share: 
         assert sum(raw) == pytest.approx(1), "CA-MKD's weights sum to one by themselves"
     else:
         per_byte = [float(s["entropy"] * s["predicted_tokens"] / s["text_bytes"]) if s else None for s in signals]
-        total = sum(h for h in per_byte if h is not None)
-        raw = [0.0 if h is None else 1 - h / total for h in per_byte]
+        entropies = sum(h for h in per_byte if h is not None)
+        raw = [0.0 if h is None else 1 - h / entropies for h in per_byte]
     return [w / sum(raw) for w in raw]
 
 
@@ -75,41 +75,39 @@ def _failed(store: KVStore) -> set[int]:
 
 
 def oracle(stores: Mapping[str, KVStore], weights: dict[int, list[float]]) -> dict[int, dict[str, Any]]:
-    """Keys and values of every sample in float64."""
-    teachers = list(stores.values())
-    geometry, k = teachers[0].geometry, len(stores)
-    samples = [[None if i in _failed(s) else s[i] for s in teachers] for i in range(len(teachers[0]))]
+    """Keys and values of every sample in float64, `[t, h, d]` for each layer."""
+    teachers, k = list(stores.values()), len(stores)
+    shape = teachers[0].geometry.shape
+    samples: list[list[Any]] = [[None if i in _failed(s) else s[i] for s in teachers] for i in range(len(teachers[0]))]
+    firsts: list[Any] = [next((s for s in found if s is not None), None) for found in samples]
     out: dict[int, dict[str, Any]] = {i: {} for i, w in weights.items() if any(w)}
-    train = [w for i, w in weights.items() if any(w) and next(s for s in samples[i] if s).split == Split.TRAIN]
+    train = [w for i, w in weights.items() if any(w) and firsts[i].split == Split.TRAIN]
     share = [sum(w[n] for w in train) / len(train) for n in range(k)]
-    for name, layer in itertools.product(NAMES, range(geometry.num_layers)):
+    for name, layer in itertools.product(NAMES, range(shape[0])):
 
-        def rows(sample: KVSample, name: str = name, layer: int = layer) -> Any:
+        def rows(sample: Any, name: str = name, layer: int = layer) -> Any:
             return getattr(sample, name)[:, layer].double().numpy()
 
-        own = [[rows(s[n])[s[n].mask].ravel() for s in samples if s[n] is not None] for n in range(k)]  # type: ignore[union-attr]
-        mean, std = [np.concatenate(x).mean() for x in own], [np.concatenate(x).std() for x in own]
+        own = [np.concatenate([rows(s[n])[s[n].mask].ravel() for s in samples if s[n]]) for n in range(k)]
+        mean, std = [x.mean() for x in own], [x.std() for x in own]
         correlation = np.eye(k)
         for i, j in itertools.permutations(range(k), 2):
-            common = [(s[i], s[j], s[i].mask & s[j].mask) for s in samples if s[i] and s[j]]  # type: ignore[union-attr]
-            pair = [np.concatenate([rows(s[at])[s[2]].ravel() for s in common]) for at in (0, 1)]
-            correlation[i, j] = np.corrcoef(*pair)[0, 1]
-        for index in out:
-            there = next(s for s in samples[index] if s is not None)
-            fused = np.zeros((len(there), *geometry.shape[1:]))
-            for token in range(len(there)):
-                active = [n for n in range(k) if samples[index][n] is not None and samples[index][n].mask[token]]  # type: ignore[union-attr]
+            both = [(s[i], s[j], s[i].mask & s[j].mask) for s in samples if s[i] and s[j]]
+            x, y = (np.concatenate([rows(s[at])[s[2]].ravel() for s in both]) for at in (0, 1))
+            correlation[i, j] = np.corrcoef(x, y)[0, 1]
+        for index, made in out.items():
+            fused = np.zeros((len(firsts[index]), *shape[1:]))
+            for token in range(len(fused)):
+                active = [n for n, s in enumerate(samples[index]) if s and s.mask[token]]
                 if not active:
                     continue
-                w = np.array([weights[index][n] for n in active])
-                w /= w.sum()
-                z = sum(
-                    w[m] * (rows(samples[index][n])[token] - mean[n]) / std[n]  # type: ignore[arg-type]
-                    for m, n in enumerate(active)
-                )
-                z = z / math.sqrt(w @ correlation[np.ix_(active, active)] @ w)
+                w = np.array([weights[index][n] for n in active]) / sum(weights[index][n] for n in active)
+                z = np.zeros(shape[1:])
+                for m, n in enumerate(active):
+                    z += w[m] * (rows(samples[index][n])[token] - mean[n]) / std[n]
+                z /= math.sqrt(w @ correlation[np.ix_(active, active)] @ w)
                 fused[token] = np.dot(share, mean) + np.dot(share, std) * z
-            out[index].setdefault(name, []).append(fused)
+            made.setdefault(name, []).append(fused)
     return out
 
 
@@ -179,12 +177,9 @@ def test_teachers_that_say_the_same_change_nothing(tmp_path: Path) -> None:
     view = view_of(dict.fromkeys("abc", store), Weighting("confidence"))
     for index in store.indices():
         own = store[index]
-        np.testing.assert_allclose(
-            view[index].keys[own.mask],  # type: ignore[index]
-            own.keys[own.mask],  # type: ignore[index]
-            rtol=1e-5,
-            atol=1e-5,
-        )
+        for name in NAMES:
+            one, two = (getattr(sample, name)[own.mask] for sample in (view[index], own))
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
 
 
 def test_a_teacher_without_any_target_counts_for_nothing(tmp_path: Path, three: dict[str, KVStore]) -> None:
@@ -334,7 +329,8 @@ def test_what_overflows_the_storage_dtype_failed(tmp_path: Path) -> None:
         return replace(made, keys=keys)
 
     def louder(made: KVSample) -> KVSample:
-        return replace(made, keys=made.keys * 3000)  # type: ignore[operator]
+        assert made.keys is not None
+        return replace(made, keys=made.keys * 3000)
 
     stores = {
         "a": write_targets(tmp_path, LENGTHS, 0, dtype="float16", change=large),
@@ -360,7 +356,7 @@ def test_what_overflows_the_storage_dtype_failed(tmp_path: Path) -> None:
     ],
 )
 def test_other_axes_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    stores = {"a": write_targets(tmp_path, LENGTHS, 0), "b": write_targets(tmp_path, LENGTHS, 1, **changes)}
+    stores = {"a": write_targets(tmp_path, [3], 0), "b": write_targets(tmp_path, [3], 1, **changes)}
     with pytest.raises(AlignmentError, match=message):
         view_of(stores)
 
@@ -368,15 +364,16 @@ def test_other_axes_are_refused(tmp_path: Path, changes: dict[str, Any], message
 def test_other_geometry_or_tokens_are_refused(tmp_path: Path) -> None:
     from kava.store import KVGeometry
 
-    one = write_targets(tmp_path, LENGTHS, 0)
+    lengths = [6, 2, 5]
+    one = write_targets(tmp_path, lengths, 0)
     other = KVGeometry(num_layers=2, num_key_value_heads=2, head_dim=8)
     with pytest.raises(AlignmentError, match="geometry: "):
-        view_of({"a": one, "b": write_targets(tmp_path, LENGTHS, 1, geometry=other)})
+        view_of({"a": one, "b": write_targets(tmp_path, lengths, 1, geometry=other)})
 
     def shifted(made: KVSample) -> KVSample:
         return replace(made, input_ids=made.input_ids + (made.sample_id == "sample-2"))
 
-    two = write_targets(tmp_path, LENGTHS, 2, change=shifted)
+    two = write_targets(tmp_path, lengths, 2, change=shifted)
     message = r"sample 2 \('sample-2'\) is on other tokens in the targets of b than in those of a \(input_ids\)"
     with pytest.raises(AlignmentError, match=message):
         view_of({"a": one, "b": two})
