@@ -229,8 +229,9 @@ class Blend:
             if pattern.any():
                 scale[number], shift[number] = self.coefficients(name, normalised(weights, pattern))
         rows = torch.from_numpy(which.reshape(-1))
-        out = torch.from_numpy(shift).float()[rows][:, :, None, None]
+        shape = next(tensor.shape for tensor in tensors if tensor is not None)
+        out = torch.from_numpy(shift).float()[rows][:, :, None, None].expand(shape).contiguous()
         for number, tensor in enumerate(tensors):
             if tensor is not None:
-                out = out + torch.from_numpy(scale[:, number]).float()[rows][:, :, None, None] * tensor.float()
+                out.addcmul_(torch.from_numpy(scale[:, number]).float()[rows][:, :, None, None], tensor.float())
         return out

@@ -306,7 +306,8 @@ def test_the_view_says_of_itself_what_a_store_of_it_says(tmp_path: Path, dtype: 
             np.testing.assert_array_equal(getattr(made, name), getattr(read, name))
     for name, wanted in store.statistics().items():
         np.testing.assert_allclose(view.statistics()[name], wanted, rtol=1e-5, atol=1e-7, err_msg=name)
-    assert torch.equal(pickle.loads(pickle.dumps(view))[0].keys, view[0].keys)  # For processes that load batches.
+    sent = pickle.loads(pickle.dumps(view))  # To processes that load batches.
+    assert torch.equal(sent[1].keys, view[1].keys)  # type: ignore[arg-type]
     light = view.sample(0, keys=False)
     assert light.keys is None
     assert light.values is not None
