@@ -35,6 +35,11 @@ EXAMPLES = {
         "kava select workflows/demo.yaml -s select.tokens=24 -s select.method=uniform",
         "kava select workflows/demo.yaml -s extract.importance=true -s select.tokens=24 --scheduler tcp://head:8786",
     ],
+    "fuse": [
+        "kava fuse workflows/two-teachers.yaml",
+        "kava fuse workflows/two-teachers.yaml -s fuse.weights=entropy -s fuse.temperature=1",
+        "kava fuse workflows/two-teachers.yaml -s fuse.materialize=false",
+    ],
     "train": ["kava train workflows/demo.yaml -s train.name=plain -s train.alpha=0"],
     "status": ["kava status workflows/demo.yaml", "kava status workflows/demo.yaml --json"],
     "inspect": [
@@ -64,6 +69,8 @@ NOTES = {
     "stays to its own. Compare settings with `-s` before any target is written; a projector that made targets\n"
     "which are there stays as it is. Before the capture there is the layer map alone.",
     "select": "Reads the teacher stores; with `select.geometry: student` the student and its projector are made first.",
+    "fuse": "The targets must be complete. With `fuse.materialize: false` no store is written: they are read through\n"
+    "once, for their statistics, and training fuses while it reads.",
     "train": "Goes on at its last checkpoint where `train.save_steps` is set. The targets must be complete.",
     "inspect": "Finds the run's recipe beside the store to show tokens and text.",
     "verify": "Names part, array, chunk and sample. Exit code 1 if anything is damaged.",

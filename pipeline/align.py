@@ -33,6 +33,11 @@ def print_alignment(store: KVStore, index: int, run: Run | None, out: Console) -
             f"{store.path}: --align needs the corpus and the teacher's capture: name the recipe (--recipe)"
         )
     how = store.manifest.parameters.get("resample")
+    if "fuse" in store.manifest.parameters:
+        raise StoreError(
+            f"{store.path} is fused from several teachers; --align shows the targets of one: "
+            + ", ".join(store.manifest.parents)
+        )
     if how is None:
         axis = "has slots, not tokens" if store.manifest.kind == "selected" else "is on the teacher's own tokens"
         raise StoreError(f"{store.path} {axis}; --align shows a resampled or a target store")

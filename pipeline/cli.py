@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import EXIT_FAULT, EXIT_RETRY, KavaError, RecipeError
+from .choose import check_stage, choose_stages
 from .cli_store import Overrides, RecipePath, Scheduler, err, out, repair, transcode, verify
 
 app = typer.Typer(
@@ -30,7 +31,6 @@ app = typer.Typer(
 )
 Force = Annotated[bool, typer.Option("--force", help="Throw the output away and make it again.")]
 OnlyTeacher = Annotated[str | None, typer.Option("--teacher", help="Only this teacher of the recipe.")]
-STAGES = ("generate", "student", "extract", "reference", "resample", "project", "select", "train")
 
 
 @app.command()
@@ -64,11 +64,11 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     scheduler: Scheduler = None,
 ) -> None:
-    """Run what is missing or out of date: generate, student, extract, reference, resample, project, select, train."""
+    """Run what is missing or stale: generate, student, extract, reference, resample, project, select, fuse, train."""
     loaded = _load(recipe, overrides)
-    chosen = _choose(first, until, only)
+    chosen = choose_stages(first, until, only)
     for name in force or []:
-        _check_stage(name, "--force")
+        check_stage(name, "--force")
         if name not in chosen:
             raise RecipeError(f"--force {name}: that stage is not among those to run ({', '.join(chosen)})")
     if dry_run:
@@ -166,6 +166,15 @@ def select(
         raise RecipeError(f"{recipe} has no select section; add one, or say -s select.tokens=24")
     before = ["student", "reference", "resample", "project"] if loaded.recipe.select.geometry == "student" else []
     _run(loaded, [*before, "select"], frozenset({"select"} if force else ()), scheduler, teacher)
+
+
+@app.command()
+def fuse(recipe: RecipePath, overrides: Overrides = None, force: Force = False, scheduler: Scheduler = None) -> None:
+    """Fuse the targets of several teachers into those that the student is trained on."""
+    loaded = _load(recipe, overrides)
+    if loaded.recipe.fuse is None:
+        raise RecipeError(f"{recipe} has no fuse section; add one, or say -s fuse.weights=fixed")
+    _run(loaded, ["fuse"], frozenset({"fuse"} if force else ()), scheduler)
 
 
 @app.command()
@@ -304,29 +313,6 @@ def _make(stages: Any, force: frozenset[str], scheduler: str | None) -> None:
         out.print(f"{label + ':':<18} {line}", markup=False)
 
     run_stages(stages, force=force, scheduler=scheduler, say=say)
-
-
-def _choose(first: str | None, until: str | None, only: list[str] | None) -> list[str]:
-    if only and (first or until):
-        raise RecipeError("--only goes without --from and --until")
-    for name, flag in ((first, "--from"), (until, "--until"), *((o, "--only") for o in only or [])):
-        if name is not None:
-            _check_stage(name, flag)
-    if only:
-        return [name for name in STAGES if name in only]
-    start, stop = STAGES.index(first or STAGES[0]), STAGES.index(until or STAGES[-1])
-    if start > stop:
-        raise RecipeError(f"--from {first} comes after --until {until}; the order is {', '.join(STAGES)}")
-    return list(STAGES[start : stop + 1])
-
-
-def _check_stage(name: str, flag: str) -> None:
-    if name not in STAGES:
-        import difflib
-
-        near = difflib.get_close_matches(name, STAGES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the stages are {', '.join(STAGES)}"
-        raise RecipeError(f"{flag} {name}: there is no such stage; {hint}")
 
 
 def _teachers(loaded: Any, only: str | None) -> list[str]:

@@ -66,6 +66,7 @@ def _facts(store: KVStore) -> dict[str, Any]:
         "disk_to_raw": round(disk / raw, 3) if raw else None,
         "extras": {name: [kind.axis, kind.dtype, *kind.shape] for name, kind in store.manifest.extras.items()},
         "confidence": _confidence(store),
+        "fused": _weights(store),
     }
 
 
@@ -83,6 +84,16 @@ def _confidence(store: KVStore) -> dict[str, float] | None:
         "entropy_per_token": round(float(np.nansum(entropy * tokens) / count), 4),
         "predicted_tokens": int(count),
     }
+
+
+def _weights(store: KVStore) -> dict[str, float] | None:
+    """The average weight of each teacher in fused targets."""
+    how = store.manifest.parameters.get("fuse")
+    if how is None:
+        return None
+    weights = store.per_sample("weights")
+    counted = weights[~np.isnan(weights).any(1)]
+    return dict(zip(how["teachers"], counted.mean(0).tolist() if len(counted) else [], strict=False))
 
 
 def _print_store(store: KVStore, facts: dict[str, Any], out: Console) -> None:
@@ -109,7 +120,11 @@ def _print_store(store: KVStore, facts: dict[str, Any], out: Console) -> None:
             f"{name} {matched / text:.1%} ({together / text:.1%} end with a token of the teacher)"
             for name, (text, matched, together) in facts["coverage"].items()
         )
-        or "not resampled",
+        or ("that of the targets it is fused from" if facts["fused"] else "not resampled"),
+        "fused": "no"
+        if facts["fused"] is None
+        else f"by {m.parameters['fuse']['weights']}, average weights "
+        + ", ".join(f"{name} {weight:.3f}" for name, weight in facts["fused"].items()),
         "size": f"{disk:.1f} MB, {facts['disk_to_raw']} of {facts['bytes_per_token']:,} B/token raw",
         "arrays": ", ".join(f"{n} ({dtype} per {axis})" for n, (axis, dtype, *_) in facts["extras"].items())
         or "keys and values alone",

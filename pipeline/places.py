@@ -57,6 +57,10 @@ class Places:
         """The targets made from a teacher."""
         return self.root / "targets" / f"{teacher}.zarr"
 
+    def fusion_path(self, name: str) -> Path:
+        """How several teachers' targets are fused."""
+        return self.root / "fusion" / f"{name}.json"
+
     def selected_path(self, teacher: str) -> Path:
         """The slots filled from a teacher's capture."""
         return self.root / "selected" / f"{teacher}.zarr"

@@ -57,6 +57,9 @@ def print_plan(run: Run, chosen: list[str], out: Console) -> None:
     if student is not None:
         for name, found in teachers.items():
             _print_maps(run, name, found, student, out)
+    if (fuse := recipe.fuse) is not None:
+        reading = "" if fuse.materialize else ", while they are read"
+        out.print(f"{fuse.name:<19} {' + '.join(recipe.fused_teachers)}, weights by {fuse.weights}{reading}\n")
     corpus, _ = reach("corpus", lambda: run.corpus, None)
     if corpus is not None:
         size = sum(len(r.text.encode()) for r in corpus.records)

@@ -31,6 +31,7 @@ from ..extract.vllm.settings import EngineSettings
 from ..store import CODECS, LOSSY, KVGeometry
 from ..store.files import write_atomic
 from ..train.settings import StudentSettings, TrainSettings
+from .fuse import RULES, Weighting
 from .heads import HEAD_MAPS, RIDGE
 from .resample import RESAMPLERS
 from .select import SELECTORS, Selector
@@ -173,6 +174,39 @@ class SelectSettings(_Section):
         return self.model_dump(mode="json", include=used)
 
 
+class FuseSettings(_Section):
+    """Several teachers' targets as one."""
+
+    teachers: list[str] | None = Field(None, min_length=1)
+    """Whose targets are fused; None for all."""
+    weights: str = "fixed"
+    fixed: dict[str, PositiveFloat] = {}
+    """With `weights: fixed`, a number for each teacher, of which only the ratios count; empty for alike."""
+    temperature: PositiveFloat = 1.0
+    """With `weights: confidence`: below 1 the surest teacher of a sample gets more."""
+    materialize: bool = True
+    """Write the fused store; otherwise training fuses while it reads."""
+    name: str = Field("fused", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Of the fused targets, for `train.teacher` and for files."""
+
+    @field_validator("weights")
+    @classmethod
+    def _known_weights(cls, name: str) -> str:
+        return _known(name, RULES)
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        if self.fixed and self.weights != "fixed":
+            raise ValueError(f"fixed goes without weights: {self.weights}")
+        if self.temperature != 1 and self.weights != "confidence":
+            raise ValueError(f"temperature goes with weights: confidence, not {self.weights}")
+        return self
+
+    def weighting(self, teachers: Sequence[str]) -> Weighting:
+        """How these teachers are weighed, in this order."""
+        return Weighting(self.weights, tuple(self.fixed[name] for name in teachers if self.fixed), self.temperature)
+
+
 class Recipe(_Section):
     """A whole run."""
 
@@ -188,6 +222,8 @@ class Recipe(_Section):
     project: ProjectSettings = ProjectSettings()
     select: SelectSettings | None = None
     """Slots as well as targets."""
+    fuse: FuseSettings | None = None
+    """The targets of several teachers as one."""
     train: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}))
 
     @field_validator("teachers")
@@ -230,6 +266,29 @@ class Recipe(_Section):
         if self.select is not None and self.select.selector.needs_importance and not self.extract.importance:
             raise ValueError(f"select.method: {self.select.method} needs extract.importance: true")
         return self
+
+    @model_validator(mode="after")
+    def _fuses_what_there_is(self) -> Self:
+        if self.fuse is None:
+            return self
+        for name in self.fused_teachers:
+            if name not in self.teachers:
+                raise ValueError(f"fuse.teachers: there is no teacher {name!r}, only {', '.join(self.teachers)}")
+        if self.fuse.teachers is not None and len(self.fused_teachers) < len(self.fuse.teachers):
+            raise ValueError("fuse.teachers: a teacher is named twice")
+        if self.fuse.name in self.teachers:
+            raise ValueError(f"fuse.name: {self.fuse.name!r} is a teacher; its targets would be overwritten")
+        if self.fuse.fixed and set(self.fuse.fixed) != set(self.fused_teachers):
+            raise ValueError(f"fuse.fixed: give a number for each of {', '.join(self.fused_teachers)}, and no other")
+        if RULES[self.fuse.weights].measure is not None and not self.extract.confidence:
+            raise ValueError(f"fuse.weights: {self.fuse.weights} needs extract.confidence: true")
+        return self
+
+    @property
+    def fused_teachers(self) -> list[str]:
+        """Whose targets are fused, by name: the order in the recipe changes nothing, not even a rounding."""
+        named = None if self.fuse is None else self.fuse.teachers
+        return sorted(set(self.teachers if named is None else named))
 
     def save(self, path: Path) -> None:
         """Writes the recipe with every default filled in."""

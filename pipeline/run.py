@@ -29,6 +29,7 @@ from ..hub import (
 from ..store import KVGeometry, KVStore, Manifest, ModelIdentity, Split, digest_json
 from ..store.dtypes import dtype_of
 from ..store.manifest import default_page_tokens
+from .fused import FusedTargets
 from .heads import HEAD_MAPS
 from .layers import FITTED, LayerMap, layer_map
 from .parts import BYTES_PER_TOKEN, draw_calibration, samples_per_part
@@ -160,15 +161,19 @@ class Run(Places):
 
     @property
     def train_teacher(self) -> str:
-        """The teacher whose targets the student is trained on.
+        """The teacher whose targets the student is trained on, or the name of the fused ones.
 
         Raises:
-            StageError: if there are several and the recipe names none.
+            StageError: if there are several and the recipe neither names nor fuses any.
         """
-        named = self.recipe.train.teacher
+        named, fuse = self.recipe.train.teacher, self.recipe.fuse
         if named is None and len(self.recipe.teachers) > 1:
-            raise StageError(f"train.teacher: name one of {', '.join(self.recipe.teachers)}")
+            if fuse is None:
+                raise StageError(f"train.teacher: name one of {', '.join(self.recipe.teachers)}, or add a fuse section")
+            named = fuse.name
         name = named or next(iter(self.recipe.teachers))
+        if fuse is not None and name == fuse.name:
+            return name
         self.teacher(name)
         return name
 
@@ -373,13 +378,19 @@ class Run(Places):
             }
         )
 
-    def open_target(self, name: str) -> KVStore:
-        """The targets made from a teacher.
+    def open_target(self, name: str) -> KVStore | FusedTargets:
+        """The targets made from a teacher, or the fused ones.
 
         Raises:
             StoreNotFoundError: if they are not made yet.
+            StageError: if targets that are fused while they are read are others now.
         """
-        return KVStore.open(self.target_path(name))
+        fuse = self.recipe.fuse
+        if fuse is None or fuse.materialize or name != fuse.name:
+            return KVStore.open(self.target_path(name))
+        view = FusedTargets.open(self.fusion_path(name), {n: self.target_path(n) for n in self.recipe.fused_teachers})
+        view.check()
+        return view
 
     def _student_manifest(self, **fields: Any) -> Manifest:
         tokenizer = load_tokenizer(self.student_source)

@@ -1,7 +1,7 @@
 """All stages of a run, in order, and making them.
 
     [generate] ─┬─> student ─┬─> reference ─┐
-                └─> extract ─┴──────────────┴─> [resample] ─> project ─> [select] ─> train
+                └─> extract ─┴──────────────┴─> [resample] ─> project ─> [select] ─> [fuse] ─> train
 
 A stage is done when its output says of itself what the recipe asks for. One whose recipe or inputs changed is stale;
 cheap stages are then made again, costly ones (a capture, a training) only with `--force`.
@@ -19,6 +19,7 @@ from ..hub import load_tokenizer
 from ..progress import progress
 from ..store import Split
 from ..store.files import write_atomic
+from .fuse_stage import fuse_stage
 from .generate_stage import GenerateStage
 from .places import RECORD, read_record
 from .run import Run
@@ -119,6 +120,8 @@ def stages_of(run: Run) -> list[Stage]:
     stages += [ProjectStage(run, teacher) for teacher in teachers]
     if run.recipe.select is not None:
         stages += [SelectStage(run, teacher) for teacher in teachers]
+    if run.recipe.fuse is not None:
+        stages.append(fuse_stage(run))
     return [*stages, TrainStage(run)]
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fixtures.command import kava, write_recipe
+from fixtures.models import save_model
 from fixtures.tokenizers import byte_level_tokenizer, qwen_tokenizer, smollm2_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
@@ -190,3 +192,53 @@ def test_tinyllama_size_against_qwen2_7b_geometry(tmp_path: Path, capsys: pytest
     with capsys.disabled():
         print(f"\nTinyLlama-1.1B bf16, 3 steps against Qwen2-7B-sized targets: peak {peak:.1f} GiB, KV loss {losses}")
     assert peak < 16
+
+
+def test_two_teachers_with_real_tokenizers(tmp_path: Path) -> None:
+    """SmolLM2-135M and a random model with Qwen's tokenizer, weighed by confidence: the one that knows its language wins."""
+    random = save_model(tmp_path / "random", "qwen2", qwen_tokenizer(), layers=3, kv_heads=2, head_dim=16)
+    recipe = write_recipe(
+        tmp_path,
+        {"teacher": random, "student": random},
+        teachers={
+            "big": {"model": str(random), "dtype": "float32"},
+            "smollm2": {"model": smollm2_gguf(), "dtype": "float32"},
+        },
+        extract={"confidence": True, "dtype": "bfloat16"},
+        student={
+            "model": None,
+            "config": {
+                "model_type": "llama",
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+            },
+            "tokenizer": {"vocab_size": 400},
+        },
+        project={"scale": "unit", "dtype": "bfloat16"},
+        fuse={"weights": "confidence", "temperature": 0.5},
+        train={"alpha": 3.0, "max_steps": 30, "logging_steps": 5},
+    )
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("\n".join(corpus.read_text().splitlines()[:12]))
+    printed = kava("run", recipe)
+    assert "weights by confidence" in printed
+    fused = KVStore.open(tmp_path / "run/targets/fused.zarr")
+    captures = {name: KVStore.open(tmp_path / f"run/teachers/{name}.zarr") for name in ("big", "smollm2")}
+    per_byte = {name: store.per_sample("nats") / store.per_sample("text_bytes") for name, store in captures.items()}
+    weights = fused.per_sample("weights")
+    np.testing.assert_allclose(weights.sum(1), 1)
+    odds = np.exp((per_byte["big"] - per_byte["smollm2"]) / 0.5)
+    np.testing.assert_allclose(weights[:, 1] / weights[:, 0], odds, rtol=1e-9)
+    assert (per_byte["smollm2"] < 3).all()
+    assert (weights[:, 1] > 0.8).all(), "of the teacher that was trained"
+    targets = [KVStore.open(tmp_path / f"run/targets/{name}.zarr").statistics() for name in captures]
+    for name in ("keys_std", "values_std"):
+        own = np.average([found[name] for found in targets], axis=0, weights=weights.mean(0))
+        np.testing.assert_allclose(fused.statistics()[name], own, rtol=0.05)
+    log = [json.loads(line) for line in (tmp_path / "run/students/kv/metrics.jsonl").read_text().splitlines()]
+    losses = [line["kv"] for line in log if "kv" in line]
+    assert losses[-1] < 0.9 * losses[0]

@@ -4,21 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..store import SEGMENTS, KVSample, KVStore, Split, collate
+from ..store import SEGMENTS, KVGeometry, KVSample, Manifest, Split, collate
 
 IGNORED: Final = -100
 """Label of tokens that are not predicted."""
 
 
+class Targets(Protocol):
+    """What training reads: a target store, or something that reads like one."""
+
+    @property
+    def path(self) -> Path:
+        """For messages."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the targets are of."""
+
+    @property
+    def geometry(self) -> KVGeometry:
+        """Layers, KV heads and head width."""
+
+    def sample(self, index: int, *, keys: bool = True, values: bool = True) -> KVSample:
+        """Sample `index`; keys and values are read only if asked for."""
+
+    def indices(self, split: Split | None = None) -> list[int]:
+        """Samples that did not fail, of one split or of all."""
+
+    def missing_parts(self) -> list[int]:
+        """Numbers of the parts that are not there yet."""
+
+    def statistics(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Per layer `[l]`, over all tokens with a target: `keys_mean`, `keys_std`, `values_mean`, `values_std`."""
+
+
 class TargetDataset(Dataset[KVSample]):
     """The written samples of one split; keys and values are read only where there is a KV loss."""
 
-    def __init__(self, store: KVStore, split: Split, *, with_kv: bool) -> None:
+    def __init__(self, store: Targets, split: Split, *, with_kv: bool) -> None:
         self.store, self.with_kv = store, with_kv
         self.indices = store.indices(split)
 

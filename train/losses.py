@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from ..errors import StageError
 
 if TYPE_CHECKING:
-    from ..store import KVStore
+    from .data import Targets
 
 
 def mse(student: torch.Tensor, target: torch.Tensor, std: float) -> torch.Tensor:
@@ -55,7 +55,7 @@ class KVLoss:
 
     @classmethod
     def for_store(
-        cls, store: KVStore, *, loss: str, key_weight: float, value_weight: float, layers: list[int] | None
+        cls, store: Targets, *, loss: str, key_weight: float, value_weight: float, layers: list[int] | None
     ) -> KVLoss:
         """The loss for the targets of a store, normalised by its own statistics.
 

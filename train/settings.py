@@ -65,7 +65,7 @@ class TrainSettings(_Settings):
     name: str = Field("kv", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The student's folder below `students/`."""
     teacher: str | None = None
-    """Whose targets to use; may be left out where there is one teacher."""
+    """Whose targets to use; may be left out where there is one teacher, or where the recipe fuses several."""
     alpha: NonNegativeFloat = 1.0
     """Weight of the KV loss; 0 is plain fine-tuning on the same batches."""
     loss: Literal["mse", "smooth_l1", "cosine"] = "mse"

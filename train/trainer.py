@@ -22,10 +22,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import RecipeError, StageError
 from ..hub import tokenizer_digest
-from ..store import KVStore, Split
+from ..store import Split
 from ..store.files import disk_errors
 from ..tap import KVTap, probe_geometry
-from .data import IGNORED, TargetCollator, TargetDataset
+from .data import IGNORED, TargetCollator, TargetDataset, Targets
 from .losses import KVLoss
 from .settings import TrainSettings
 from .student import load_student
@@ -42,7 +42,7 @@ class TrainResult:
 
 def train_student(
     student: Path,
-    store: KVStore,
+    store: Targets,
     out: Path,
     settings: TrainSettings,
     *,
@@ -266,7 +266,7 @@ def _arguments(settings: TrainSettings, out: Path, *, has_heldout: bool) -> Any:
         raise RecipeError(f"train: {str(error).splitlines()[0]}") from None
 
 
-def _check_targets(store: KVStore, model: Any, tokenizer: Any, corpus_digest: str | None) -> None:
+def _check_targets(store: Targets, model: Any, tokenizer: Any, corpus_digest: str | None) -> None:
     manifest = store.manifest
     if manifest.kind == "selected":
         raise StageError(
