@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..store import KVGeometry
+from ..store import SEGMENTS, KVGeometry
 
 
 class _Settings(BaseModel):
@@ -68,11 +68,19 @@ class TrainSettings(_Settings):
     """Whose targets to use; may be left out where there is one teacher."""
     alpha: NonNegativeFloat = 1.0
     """Weight of the KV loss; 0 is plain fine-tuning on the same batches."""
-    loss: Literal["mse", "smooth_l1", "cosine"] = "mse"
+    loss: Literal["mse", "smooth_l1", "cosine", "cosine_magnitude", "relation"] = "mse"
+    magnitude_weight: NonNegativeFloat = 1.0
+    """`cosine_magnitude`: weight of the squared difference of log norms."""
+    relation_heads: PositiveInt | None = None
+    """`relation`: heads that all numbers of a token are cut into; None for the student's KV heads."""
     key_weight: NonNegativeFloat = 1.0
     value_weight: NonNegativeFloat = 1.0
     layers: list[NonNegativeInt] | None = None
     """Student layers with a KV loss; None for all."""
+    layer_weights: dict[NonNegativeInt, NonNegativeFloat] | list[NonNegativeFloat] | None = None
+    """Weights of the layers' KV losses: one each, or by layer, 1 where it is left out. Only their ratios count."""
+    segment_weights: dict[Literal["none", "prompt", "rationale", "answer"], NonNegativeFloat] = {}
+    """Weights of tokens in the KV loss, by segment, 1 where it is left out. Only their ratios count."""
     ce_segments: list[Literal["prompt", "rationale", "answer"]] = ["prompt", "rationale", "answer"]
     """Tokens of these segments are predicted; the end of the sequence always is."""
     max_steps: PositiveInt = 1000
@@ -102,4 +110,6 @@ class TrainSettings(_Settings):
     def _something_to_learn(self) -> TrainSettings:
         if self.alpha > 0 and self.key_weight + self.value_weight == 0:
             raise ValueError("key_weight and value_weight are both 0; set alpha: 0 to train without targets")
+        if self.alpha > 0 and not any({**dict.fromkeys(SEGMENTS, 1.0), **self.segment_weights}.values()):
+            raise ValueError("segment_weights are all 0; set alpha: 0 to train without targets")
         return self

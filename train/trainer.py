@@ -26,7 +26,7 @@ from ..store import KVStore, Split
 from ..store.files import disk_errors
 from ..tap import KVTap, probe_geometry
 from .data import IGNORED, TargetCollator, TargetDataset
-from .losses import KVLoss
+from .losses import KVLoss, LossOptions
 from .settings import TrainSettings
 from .student import load_student
 
@@ -75,6 +75,9 @@ def train_student(
             key_weight=settings.key_weight,
             value_weight=settings.value_weight,
             layers=settings.layers,
+            layer_weights=settings.layer_weights,
+            segment_weights={str(name): weight for name, weight in settings.segment_weights.items()},
+            options=LossOptions(settings.magnitude_weight, settings.relation_heads),
         )
     datasets = {split: TargetDataset(store, split, with_kv=loss is not None) for split in Split}
     if not len(datasets[Split.TRAIN]):
@@ -151,7 +154,10 @@ class KVTrainer(Trainer):  # type: ignore[misc]
                 ce += batch_ce.double().cpu()
                 tokens += int(batch_tokens)
                 if kv is not None:
-                    kv_terms.add({name: value.detach() for name, value in kv.items()}, int(inputs["kv_mask"].sum()))
+                    assert self.kv_loss is not None
+                    weights = self.kv_loss.token_weights(inputs["kv_mask"], inputs["segments"])
+                    total = float((inputs["kv_mask"] if weights is None else weights).sum())
+                    kv_terms.add({name: value.detach() for name, value in kv.items()}, total)
         for index in self.eval_dataset.indices:
             sample = self.eval_dataset.store.sample(index, keys=False, values=False)
             text_bytes += int((sample.spans[:, 1] - sample.spans[:, 0]).sum())
@@ -188,7 +194,8 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         if tapped:
             assert self.kv_loss is not None
             student = {"keys": tap.keys, "values": tap.values}
-            kv = self.kv_loss(student, {name: inputs[name] for name in student}, inputs["kv_mask"])
+            target = {name: inputs[name] for name in student}
+            kv = self.kv_loss(student, target, inputs["kv_mask"], inputs["segments"])
         return ce, (labels != IGNORED).sum(), kv
 
 
@@ -197,16 +204,16 @@ class _Mean:
     """A running mean of named scalars; reading it starts a new one."""
 
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
-    weight: int = 0
+    weight: float = 0.0
 
-    def add(self, terms: dict[str, torch.Tensor], weight: int = 1) -> None:
+    def add(self, terms: dict[str, torch.Tensor], weight: float = 1.0) -> None:
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value * weight
         self.weight += weight
 
     def take(self) -> dict[str, float]:
-        means = {name: float(value) / max(self.weight, 1) for name, value in self.sums.items()}
-        self.sums, self.weight = {}, 0
+        means = {name: float(value) / (self.weight or 1) for name, value in self.sums.items()}
+        self.sums, self.weight = {}, 0.0
         return means
 
 
