@@ -59,6 +59,26 @@ class StudentSettings(_Settings):
         return self
 
 
+class AlphaSchedule(_Settings):
+    """How alpha changes with the steps of training."""
+
+    kind: Literal["constant", "linear_decay", "warmup"] = "constant"
+    steps: PositiveInt | None = None
+    """How long it rises or falls; None for `train.max_steps`."""
+
+
+class LoraSettings(_Settings):
+    """Adapters of low rank, trained instead of the weights."""
+
+    r: PositiveInt = 16
+    """Rank."""
+    alpha: PositiveFloat = 32.0
+    """The adapter counts `alpha / r` times."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: list[str] | None = Field(None, min_length=1)
+    """Names of the modules that get one; None for all projections of the attention."""
+
+
 class TrainSettings(_Settings):
     """Training: the loss is `CE + alpha * KV`."""
 
@@ -66,8 +86,18 @@ class TrainSettings(_Settings):
     """The student's folder below `students/`."""
     teacher: str | None = None
     """Whose targets to use; may be left out where there is one teacher."""
-    alpha: NonNegativeFloat = 1.0
-    """Weight of the KV loss; 0 is plain fine-tuning on the same batches."""
+    alpha: NonNegativeFloat | Literal["auto"] = 1.0
+    """Weight of the KV loss; 0 is plain fine-tuning on the same batches; auto is found from gradients."""
+    alpha_schedule: AlphaSchedule = AlphaSchedule()
+    """What alpha is multiplied with, step by step."""
+    kv_share: PositiveFloat = 0.3
+    """`alpha: auto`: the KV gradient's norm over the cross-entropy's, on the parameters that both reach."""
+    alpha_steps: PositiveInt = 20
+    """`alpha: auto`: the first steps, in each of which gradients are measured; then alpha is frozen."""
+    alpha_update_steps: PositiveInt | None = None
+    """`alpha: auto`: measure again every so many steps after them; None to freeze alpha."""
+    measure_steps: PositiveInt | None = None
+    """Gradients are measured for the log every so many steps; None for the larger of 100 and `logging_steps`."""
     loss: Literal["mse", "smooth_l1", "cosine", "cosine_magnitude", "relation"] = "mse"
     magnitude_weight: NonNegativeFloat = 1.0
     """`cosine_magnitude`: weight of the squared difference of log norms."""
@@ -99,6 +129,12 @@ class TrainSettings(_Settings):
     """Held-out evaluation every so many steps; None for the end only."""
     save_steps: PositiveInt | None = None
     """A checkpoint to resume from every so many steps; None for none."""
+    lora: LoraSettings | None = None
+    """Train adapters instead of the weights; None for all weights."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+    collapse_threshold: NonNegativeFloat = 0.1
+    """A warning where the spread of the student's keys or values falls below this share of the target's; 0 for none."""
     num_workers: NonNegativeInt = 0
     """Processes that read the store."""
     seed: int = 0
@@ -108,8 +144,15 @@ class TrainSettings(_Settings):
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> TrainSettings:
-        if self.alpha > 0 and self.key_weight + self.value_weight == 0:
+        if not self.with_kv:
+            return self
+        if self.key_weight + self.value_weight == 0:
             raise ValueError("key_weight and value_weight are both 0; set alpha: 0 to train without targets")
-        if self.alpha > 0 and not any({**dict.fromkeys(SEGMENTS, 1.0), **self.segment_weights}.values()):
+        if len(self.segment_weights) == len(SEGMENTS) and not any(self.segment_weights.values()):
             raise ValueError("segment_weights are all 0; set alpha: 0 to train without targets")
         return self
+
+    @property
+    def with_kv(self) -> bool:
+        """Whether there is a KV loss at all."""
+        return self.alpha == "auto" or self.alpha > 0
