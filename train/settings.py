@@ -74,8 +74,8 @@ class LoraSettings(_Settings):
     """Rank."""
     alpha: PositiveFloat = 32.0
     """The adapter counts `alpha / r` times."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: list[str] | None = Field(None, min_length=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: list[str] | None = Field(default=None, min_length=1)
     """Names of the modules that get one; None for all projections of the attention."""
 
 
