@@ -213,12 +213,14 @@ def test_training_opens_no_teacher(done: Path, tmp_path: Path) -> None:
     assert not [line for line in weights if line.startswith(recipe.teachers["big"].model)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
 def test_training_resumes_where_it_was_stopped(done: Path, number: signal.Signals) -> None:
     """Killed, it goes on at its last checkpoint; asked to stop, it writes one first. The log is that of a whole one."""
     options = ["-s", "train.max_steps=40", "-s", "train.logging_steps=1"]
     if number == signal.SIGKILL:
         options += ["-s", "train.save_steps=5"]
+    else:
+        options += ["-s", "train.alpha=auto"]
     kava("train", done, *options, "-s", f"train.name=whole-{number.name}")
     students, name = done.parent / "run/students", f"cut-{number.name}"
     waits_for = "checkpoints/checkpoint-*/trainer_state.json" if number == signal.SIGKILL else "metrics.jsonl"
@@ -250,6 +252,8 @@ def test_training_resumes_where_it_was_stopped(done: Path, number: signal.Signal
     assert [line["step"] for line in curves[1]] == list(range(1, 41))
     assert curves[1] == curves[0]
     assert not (students / name / "checkpoints").exists()
+    alpha = f"{curves[1][-1]['alpha']:g}"
+    assert [row for row in kava("status", done).splitlines() if name in row and alpha in row.split()]
 
 
 def test_targets_of_another_student_are_refused_before_the_first_step(done: Path, tiny_models: dict[str, Path]) -> None:

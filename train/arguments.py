@@ -66,3 +66,9 @@ def training_arguments(settings: TrainSettings, out: Path, *, has_heldout: bool)
         return TrainingArguments(**values | {"gradient_checkpointing_kwargs": checkpointing})
     except (ValueError, TypeError) as error:
         raise RecipeError(f"train: {str(error).splitlines()[0]}") from None
+
+
+def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
+    """The newest checkpoint that is whole, and its step; the Trainer's state is the last of its files to be written."""
+    steps = [int(path.parent.name.split("-")[1]) for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return (folder / f"checkpoint-{max(steps)}", max(steps)) if steps else (None, 0)

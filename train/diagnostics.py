@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from ..errors import StageError
+
 
 @dataclass
 class Mean:
@@ -82,6 +84,24 @@ def _peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def check_gradient(student: Mapping[str, Mapping[int, torch.Tensor]]) -> None:
+    """Refuses tapped tensors without a gradient: their loss would be finite, logged, and teach nothing.
+
+    Args:
+        student: `keys` and `values` by layer.
+
+    Raises:
+        StageError: naming the first.
+    """
+    for name, layers in student.items():
+        for layer, tensor in layers.items():
+            if not tensor.requires_grad:
+                raise StageError(
+                    f"train: the {name} of layer {layer} depend on no trainable weight, so that the KV loss cannot "
+                    "teach them; leave the layer out of train.layers, or make more weights trainable"
+                )
 
 
 def not_finite(terms: Mapping[str, torch.Tensor], parameters: Sequence[torch.nn.Parameter]) -> list[str]:

@@ -12,6 +12,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -141,6 +142,18 @@ class TrainSettings(_Settings):
     """Of the order of batches, and of dropout."""
     arguments: dict[str, Any] = {}
     """Further `transformers.TrainingArguments`, by their own names."""
+
+    @field_validator("alpha", mode="before")
+    @classmethod
+    def _auto_or_number(cls, value: Any) -> Any:
+        """One message, where a union would give one for each of its members."""
+        try:
+            fits = value == "auto" or 0 <= float(value) < float("inf")
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise ValueError(f"must be auto, or a number greater than or equal to 0 (got {value!r})")
+        return value
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> TrainSettings:

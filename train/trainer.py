@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback, Trainer, TrainerState
 from transformers.integrations import TensorBoardCallback
 
 from ..errors import RetryLaterError, StageError, TrainingError
@@ -25,10 +25,10 @@ from ..store import KVStore, Split
 from ..store.files import disk_errors, write_atomic
 from ..tap import KVTap, probe_geometry
 from .alpha import AutoAlpha, gradient_norms, schedule_factor
-from .arguments import training_arguments
+from .arguments import last_checkpoint, training_arguments
 from .callbacks import JsonLog, Steps, StopOnSignal
 from .data import IGNORED, TargetCollator, TargetDataset
-from .diagnostics import CollapseAlarm, Mean, StepClock, not_finite, spread_ratio
+from .diagnostics import CollapseAlarm, Mean, StepClock, check_gradient, not_finite, spread_ratio
 from .lora import add_lora, save_merged
 from .losses import KVLoss, LossOptions
 from .settings import TrainSettings
@@ -87,7 +87,7 @@ def train_student(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if settings.lora is not None:
         model = add_lora(model, settings.lora)
-    checkpoint, begun = _last_checkpoint(out / "checkpoints")
+    checkpoint, begun = last_checkpoint(out / "checkpoints")
     from torch.utils.tensorboard import SummaryWriter
 
     with disk_errors(out), StopOnSignal() as stop:
@@ -109,7 +109,8 @@ def train_student(
         trainer.remove_callback(PrinterCallback)
         if checkpoint is not None:
             trainer.load_state(checkpoint)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if not trainer.finished:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if stop.caught:
             writer.close()
             raise RetryLaterError(
@@ -137,12 +138,6 @@ def _kv_loss(store: KVStore, settings: TrainSettings) -> KVLoss:
         segment_weights={str(name): weight for name, weight in settings.segment_weights.items()},
         options=LossOptions(settings.magnitude_weight, settings.relation_heads),
     )
-
-
-def _last_checkpoint(folder: Path) -> tuple[Path | None, int]:
-    """The newest checkpoint that is whole, and its step; the Trainer's state is the last of its files to be written."""
-    steps = [int(path.parent.name.split("-")[1]) for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return (folder / f"checkpoint-{max(steps)}", max(steps)) if steps else (None, 0)
 
 
 class _Pass(NamedTuple):
@@ -174,13 +169,18 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         self.add_callback(self._clock)
         self._terms = Mean()
         self._looked_at = -1
-        self._has_gradient = False
+        self._checked = False
         self._heldout: tuple[int, dict[str, float]] = (-1, {})
 
     @property
     def alpha(self) -> float:
         """The weight of the KV loss, without its schedule."""
         return self.auto.alpha if self.auto is not None else float(self.settings.alpha)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done, before this or in an earlier call."""
+        return bool(0 < self.state.max_steps <= self.state.global_step)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -191,7 +191,10 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         terms = {"ce": ce.detach()}
         loss = ce
         if self.kv_loss is not None:
-            self._check_tap(found.student)
+            if not self._checked and torch.is_grad_enabled():
+                self._checked = True
+                weights = {"keys": self.kv_loss.key_weight, "values": self.kv_loss.value_weight}
+                check_gradient({name: layers for name, layers in found.student.items() if weights[name]})
             # Accumulated batches share a step; one look at the first of them is enough.
             if self._looked_at != self.state.global_step:
                 self._looked_at = self.state.global_step
@@ -273,6 +276,11 @@ class KVTrainer(Trainer):  # type: ignore[misc]
     def load_state(self, checkpoint: Path) -> None:
         """Takes up what `_save_checkpoint` left beside the Trainer's own files."""
         state = json.loads((checkpoint / STATE).read_text())
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if self.finished:
+            # Asked to go on from the last step, the Trainer would take one more.
+            self._load_from_checkpoint(str(checkpoint))
+        self._heldout = (state["heldout"][0], state["heldout"][1])
         self._terms.load(state["terms"])
         self._alarm.above = set(state["above"])
         if self.auto is not None:
@@ -280,6 +288,7 @@ class KVTrainer(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         state = {
+            "heldout": self._heldout,
             "terms": self._terms.state(),
             "above": sorted(self._alarm.above),
             "alpha": None if self.auto is None else asdict(self.auto),
@@ -292,7 +301,7 @@ class KVTrainer(Trainer):  # type: ignore[misc]
 
     def _weight(self) -> float:
         """Alpha in the step in hand."""
-        factor = schedule_factor(self.settings.alpha_schedule, self.state.global_step, self.settings.max_steps)
+        factor = schedule_factor(self.settings.alpha_schedule, self.state.global_step, self.state.max_steps)
         return self.alpha * factor
 
     def _measure_gradients(self, ce: torch.Tensor, kv: torch.Tensor) -> None:
@@ -326,19 +335,6 @@ class KVTrainer(Trainer):  # type: ignore[misc]
                 f"{self.settings.collapse_threshold:g} times as much as the target's, they may be collapsing",
             )
 
-    def _check_tap(self, student: dict[str, dict[int, torch.Tensor]]) -> None:
-        """Once: a KV loss without a gradient would be finite, logged, and teach nothing."""
-        if self._has_gradient or not torch.is_grad_enabled():
-            return
-        for name, layers in student.items():
-            for layer, tensor in layers.items():
-                if not tensor.requires_grad:
-                    raise StageError(
-                        f"train: the {name} of layer {layer} depend on no trainable weight, so that the KV loss cannot "
-                        "teach them; leave the layer out of train.layers, or make more weights trainable"
-                    )
-        self._has_gradient = True
-
     def _blame(self, model: Any, inputs: dict[str, Any]) -> str:
         """Which terms have a gradient that is not finite, of a batch whose summed gradient is not."""
         found = self._forward(model, self._prepare_inputs(inputs))
@@ -348,10 +344,10 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         return ", ".join(bad or ["of the sum of accumulated batches"])
 
     def _not_finite(self, what: str, inputs: dict[str, Any]) -> TrainingError:
+        step, samples = self.state.global_step + 1, ", ".join(inputs["sample_ids"])
         return TrainingError(
-            f"train: {what} is not finite in step {self.state.global_step + 1}, samples "
-            f"{', '.join(inputs['sample_ids'])}; the last checkpoint was kept. Look at them with kava inspect "
-            "--sample, or lower train.learning_rate or train.alpha"
+            f"train: {what} is not finite in step {step}, samples {samples}; the last checkpoint was "
+            "kept. Look at them with kava inspect --sample, or lower train.learning_rate or train.alpha"
         )
 
     def _forward(self, model: Any, inputs: dict[str, Any]) -> _Pass:

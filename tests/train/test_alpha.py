@@ -73,7 +73,16 @@ def test_later_measurements_move_it_slowly() -> None:
     assert auto.alpha == pytest.approx(0.5 * 2)
 
 
-@pytest.mark.parametrize("changes", [{"alpha": "sometimes"}, {"kv_share": 0}, {"alpha_schedule": {"kind": "step"}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"alpha": "sometimes"},
+        {"alpha": float("nan")},
+        {"alpha": [1]},
+        {"kv_share": 0},
+        {"alpha_schedule": {"kind": "step"}},
+    ],
+)
 def test_settings_that_make_no_sense(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
         TrainSettings.model_validate(changes)

@@ -111,5 +111,8 @@ def test_what_cannot_be_taught_is_refused(targets: KVStore, tiny_models: dict[st
     only_queries = TrainSettings.model_validate({"max_steps": 1, "lora": {"target_modules": ["q_proj"]}})
     with pytest.raises(StageError, match="the keys of layer 0 depend on no trainable weight"):
         train_student(tiny_models["student"], targets, tmp_path / "x", only_queries)
+    values = {"target_modules": ["v_proj"]}
+    only_values = TrainSettings.model_validate({"max_steps": 1, "lora": values, "key_weight": 0})
+    train_student(tiny_models["student"], targets, tmp_path / "y", only_values)
     with pytest.raises(RecipeError, match=r"target_modules: LlamaForCausalLM has no module 'qproj'"):
         add_lora(tiny_model("llama"), LoraSettings(target_modules=["qproj"]))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ import torch
 from fixtures.models import tiny_model
 from fixtures.stores import write_store
 
-from kava.errors import RecipeError, TrainingError
+from kava.errors import RecipeError, RetryLaterError, TrainingError
 from kava.hub import tokenizer_digest
 from kava.store import KVGeometry, KVStore
 from kava.tap import KVTap
 from kava.train import TrainSettings, load_student, train_student
+from kava.train.callbacks import STOP_SIGNALS
 from kava.train.diagnostics import CollapseAlarm, spread_ratio
 from kava.train.losses import LOSSES, KVLoss
 
@@ -197,6 +200,27 @@ def test_a_cut_training_ends_as_the_whole_one(
         assert {n: v for n, v in one.items() if n.startswith("heldout")} == {
             n: v for n, v in two.items() if n.startswith("heldout")
         }
+    models = [load_student(tmp_path / name)[0].state_dict() for name in ("whole", "cut")]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+@pytest.mark.parametrize("last", [2, 4])
+def test_a_signal_leaves_a_checkpoint_and_the_old_handlers(train: Train, tmp_path: Path, last: int) -> None:
+    """In the middle, and in the last step of all, behind which nothing is left but to save."""
+    whole = train("whole", eval_steps=2)
+
+    def ask(step: int, total: int) -> None:
+        if step == last:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    with pytest.raises(RetryLaterError, match=rf"stopped by SIGUSR1 after step {last} with a checkpoint"):
+        train("cut", eval_steps=2, on_step=ask)
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+    assert (tmp_path / f"cut/checkpoints/checkpoint-{last}/kava.json").is_file()
+    again = train("cut", eval_steps=2)
+    assert _steps(again) == _steps(whole)
+    assert [line["step"] for line in again if "heldout_kv" in line] == [2, 4]
     models = [load_student(tmp_path / name)[0].state_dict() for name in ("whole", "cut")]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
