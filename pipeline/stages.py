@@ -101,7 +101,7 @@ class TrainStage(Stage):
                 corpus_digest=run.corpus.digest,
                 on_step=lambda step, total: advance(1),
             )
-        record |= {"name": settings.name, "alpha": settings.alpha, "steps": result.steps, "metrics": result.metrics}
+        record |= {"name": settings.name, "alpha": result.alpha, "steps": result.steps, "metrics": result.metrics}
         write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
         return result_line(record)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -213,29 +214,47 @@ def test_training_opens_no_teacher(done: Path, tmp_path: Path) -> None:
     assert not [line for line in weights if line.startswith(recipe.teachers["big"].model)]
 
 
-def test_training_resumes_where_it_was_killed(done: Path, tmp_path: Path) -> None:
-    options = ("-s", "train.max_steps=40", "-s", "train.save_steps=5", "-s", "train.logging_steps=1")
-    kava("train", done, *options, "-s", "train.name=whole")
-    students = done.parent / "run/students"
-    process = subprocess.Popen([*KAVA, "train", str(done), *options, "-s", "train.name=cut"], stderr=subprocess.DEVNULL)
-    while not list((students / "cut/checkpoints").glob("checkpoint-*/trainer_state.json")):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
+def test_training_resumes_where_it_was_stopped(done: Path, number: signal.Signals) -> None:
+    """Killed, it goes on at its last checkpoint; asked to stop, it writes one first. The log is that of a whole one."""
+    options = ["-s", "train.max_steps=40", "-s", "train.logging_steps=1"]
+    if number == signal.SIGKILL:
+        options += ["-s", "train.save_steps=5"]
+    else:
+        options += ["-s", "train.alpha=auto"]
+    kava("train", done, *options, "-s", f"train.name=whole-{number.name}")
+    students, name = done.parent / "run/students", f"cut-{number.name}"
+    waits_for = "checkpoints/checkpoint-*/trainer_state.json" if number == signal.SIGKILL else "metrics.jsonl"
+    command = [*KAVA, "train", str(done), *options, "-s", f"train.name={name}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not list((students / name).glob(waits_for)):
         assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert "interrupted" in kava("status", done, *options, "-s", "train.name=cut")
-    kava("train", done, *options, "-s", "train.name=cut")
+        time.sleep(0.01)
+    process.send_signal(number)
+    printed = process.communicate()[1]
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert process.returncode == 75
+        (stopped,) = re.findall(rf"stopped by {number.name} after step (\d+) with a checkpoint", printed)
+        assert [p.name for p in (students / name / "checkpoints").iterdir()] == [f"checkpoint-{stopped}"]
+        assert "Traceback" not in printed
+    assert "interrupted" in kava("status", done, *options, "-s", f"train.name={name}")
+    kava("train", done, *options, "-s", f"train.name={name}")
+    timed = {"tokens_per_second", "data_wait_share", "peak_memory_gib"}
     curves = [
-        {
-            r["step"]: r["ce"]
-            for line in (students / name / "metrics.jsonl").read_text().splitlines()
-            if "ce" in (r := json.loads(line))
-        }
-        for name in ("whole", "cut")
+        [
+            {k: v for k, v in line.items() if k not in timed}
+            for line in map(json.loads, (students / trained / "metrics.jsonl").read_text().splitlines())
+            if "ce" in line
+        ]
+        for trained in (f"whole-{number.name}", name)
     ]
-    assert curves[0].keys() == curves[1].keys()
-    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
-    assert not (students / "cut/checkpoints").exists()
+    assert [line["step"] for line in curves[1]] == list(range(1, 41))
+    assert curves[1] == curves[0]
+    assert not (students / name / "checkpoints").exists()
+    alpha = f"{curves[1][-1]['alpha']:g}"
+    assert [row for row in kava("status", done).splitlines() if name in row and alpha in row.split()]
 
 
 def test_targets_of_another_student_are_refused_before_the_first_step(done: Path, tiny_models: dict[str, Path]) -> None:

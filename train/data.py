@@ -68,7 +68,11 @@ class TargetCollator:
     """Segments whose tokens are predicted."""
 
     def __call__(self, samples: Sequence[KVSample]) -> dict[str, Any]:
-        """A batch: `input_ids`, `attention_mask`, `labels`, `kv_mask` `[b, t]`; `keys`, `values` `[b, t, l, h, d]`."""
+        """A batch.
+
+        `input_ids`, `attention_mask`, `labels`, `segments`, `kv_mask` `[b, t]`; `sample_ids`, a list of `b`; with a KV
+        loss also `keys`, `values` `[b, t, l, h, d]`.
+        """
         batch = collate(samples, pad_token_id=self.pad_token_id)
         wanted = torch.zeros_like(batch.input_ids, dtype=torch.bool)
         for name in self.ce_segments:
@@ -81,7 +85,9 @@ class TargetCollator:
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
             "labels": torch.where(wanted, batch.input_ids, IGNORED),
+            "segments": batch.segments,
             "kv_mask": batch.mask,
+            "sample_ids": batch.sample_ids,
         }
         if batch.keys is not None:
             out |= {"keys": batch.keys, "values": batch.values}

@@ -1,44 +1,131 @@
 """The KV loss: the student's own pre-RoPE keys and values against cached targets.
 
 Rotation is an isometry, so MSE and cosine on pre-RoPE tensors equal those on the rotated cache, and no positions are
-needed. Every layer is divided by the spread of its own target, so that no layer is heard more than another.
-Axes: `b` batch, `t` tokens, `h` KV heads, `d` head_dim.
+needed. Every layer is divided by the spread of its own target, so that no layer is heard more than another. Each loss
+gives one error per token that has a target, whether it looks at that token alone or at its sample's other tokens too;
+weights of segments and layers are then the same for all.
+Axes: `b` batch, `t` tokens, `n` tokens with a target, `h` KV heads, `d` head_dim, `a` relation heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import torch
 import torch.nn.functional as F
 
 from ..errors import StageError
+from ..store import SEGMENTS
 
 if TYPE_CHECKING:
     from .data import Targets
 
+ZERO_NORM: Final = 1e-4
+"""Vectors shorter than this, in standard deviations of the target per number, count as short as this."""
 
-def mse(student: torch.Tensor, target: torch.Tensor, std: float) -> torch.Tensor:
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Parameters of single losses."""
+
+    magnitude_weight: float = 1.0
+    """`cosine_magnitude`: weight of the squared difference of log norms."""
+    relation_heads: int | None = None
+    """`relation`: heads that all numbers of a token are cut into; None for the number of the target's KV heads."""
+
+
+def mse(student: torch.Tensor, target: torch.Tensor, std: float, options: LossOptions) -> torch.Tensor:
     """Squared error per token `[n]` of `[n, h, d]` tensors, over the target's variance."""
     return F.mse_loss(student, target, reduction="none").mean((-2, -1)) / std**2
 
 
-def smooth_l1(student: torch.Tensor, target: torch.Tensor, std: float) -> torch.Tensor:
+def smooth_l1(student: torch.Tensor, target: torch.Tensor, std: float, options: LossOptions) -> torch.Tensor:
     """Huber loss (beta 1) per token `[n]` in units of the target's standard deviation."""
     return F.smooth_l1_loss(student / std, target / std, reduction="none").mean((-2, -1))
 
 
-def cosine(student: torch.Tensor, target: torch.Tensor, std: float) -> torch.Tensor:
+def cosine(student: torch.Tensor, target: torch.Tensor, std: float, options: LossOptions) -> torch.Tensor:
     """One minus the cosine per token `[n]`, averaged over heads; blind to scale."""
     return (1 - F.cosine_similarity(student, target, dim=-1)).mean(-1)
 
 
-LOSSES: Final[Mapping[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]]] = {
-    "mse": mse,
-    "smooth_l1": smooth_l1,
-    "cosine": cosine,
+def cosine_magnitude(student: torch.Tensor, target: torch.Tensor, std: float, options: LossOptions) -> torch.Tensor:
+    """`1 - cos + w (log|s| - log|t|)²` per token `[n]`, averaged over heads: direction and length, each on its own.
+
+    Squared norms have `(ZERO_NORM std)² d` added, so that neither value nor gradient is infinite at zero.
+    """
+    floor = (ZERO_NORM * std) ** 2 * student.shape[-1]
+    own, wanted = (tensor.square().sum(-1) + floor for tensor in (student, target))
+    angle = 1 - (student * target).sum(-1) * (own * wanted).rsqrt()
+    return (angle + options.magnitude_weight * ((own.log() - wanted.log()) / 2).square()).mean(-1)
+
+
+def relation(
+    student: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, std: float, options: LossOptions
+) -> torch.Tensor:
+    """How tokens relate to the sample's earlier ones, per token `[n]`; MiniLMv2, arXiv 2012.15828.
+
+    All numbers of a token, in units of the target's standard deviation, are cut into `a` heads of `d_r` numbers; the
+    error is `KL(softmax(T Tᵀ / √d_r) || softmax(S Sᵀ / √d_r))` in nats over this and earlier tokens of the sample that
+    have a target, averaged over heads. Neither KV heads nor head_dim need be the target's, only `a` must divide both
+    widths. A rotation inside each head, the same for all tokens, changes nothing.
+
+    Args:
+        student: `[b, t, h, d]`.
+        target: `[b, t, h', d']`.
+        mask: `[b, t]` bool.
+        std: of the target.
+        options: has `relation_heads`.
+    """
+    heads = options.relation_heads or target.shape[-2]
+    tokens = mask.shape[1]
+    earlier = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()
+    itself = torch.eye(tokens, dtype=torch.bool, device=mask.device)
+    # A token sees itself even without a target: a row of nothing would be NaN, here it is merely not read.
+    seen = (earlier & mask[:, None, :] | itself)[:, None]
+    wanted, own = (
+        F.log_softmax(_scores(tensor, mask, heads, std).masked_fill(~seen, -torch.inf), dim=-1)
+        for tensor in (target, student)
+    )
+    divergence = wanted.exp() * (wanted - own).masked_fill(~seen, 0)
+    error: torch.Tensor = divergence.sum(-1).mean(1)[mask]
+    return error
+
+
+def _scores(tensor: torch.Tensor, mask: torch.Tensor, heads: int, std: float) -> torch.Tensor:
+    """`X Xᵀ / √d_r` of every relation head, `[b, a, t, t]`; tokens without a target are zero."""
+    kept = tensor.masked_fill(~mask[..., None, None], 0) / std
+    split = kept.reshape(*mask.shape, heads, -1).transpose(1, 2)
+    scores: torch.Tensor = split @ split.transpose(-1, -2) / split.shape[-1] ** 0.5
+    return scores
+
+
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, LossOptions], torch.Tensor]
+"""`(student [b, t, h, d], target [b, t, h, d], mask [b, t], std, options)` to the errors `[n]` of the tokens in `mask`,
+row by row; float32 in and out."""
+
+
+def _each_token(
+    function: Callable[[torch.Tensor, torch.Tensor, float, LossOptions], torch.Tensor],
+) -> Loss:
+    """A loss that looks at one token at a time."""
+
+    def loss(
+        student: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, std: float, options: LossOptions
+    ) -> torch.Tensor:
+        return function(student[mask], target[mask], std, options)
+
+    return loss
+
+
+LOSSES: Final[Mapping[str, Loss]] = {
+    "mse": _each_token(mse),
+    "smooth_l1": _each_token(smooth_l1),
+    "cosine": _each_token(cosine),
+    "cosine_magnitude": _each_token(cosine_magnitude),
+    "relation": relation,
 }
 
 
@@ -52,17 +139,42 @@ class KVLoss:
     layers: tuple[int, ...]
     std: Mapping[str, tuple[float, ...]]
     """`keys` and `values`: standard deviation of the target, per layer."""
+    layer_weights: tuple[float, ...] | None = None
+    """One per entry of `layers`; None, or all the same, weighs nothing."""
+    segment_weights: Mapping[str, float] = field(default_factory=dict)
+    """By name of a segment, 1 where it is left out."""
+    options: LossOptions = LossOptions()
 
     @classmethod
     def for_store(
-        cls, store: Targets, *, loss: str, key_weight: float, value_weight: float, layers: list[int] | None
+        cls,
+        store: Targets,
+        *,
+        loss: str,
+        key_weight: float,
+        value_weight: float,
+        layers: list[int] | None,
+        layer_weights: Sequence[float] | Mapping[int, float] | None = None,
+        segment_weights: Mapping[str, float] | None = None,
+        options: LossOptions | None = None,
     ) -> KVLoss:
         """The loss for the targets of a store, normalised by its own statistics.
 
+        Args:
+            store: the targets.
+            loss: a name in `LOSSES`.
+            key_weight: of all keys against all values.
+            value_weight: of all values against all keys.
+            layers: the student's layers; None for all.
+            layer_weights: one per layer, in the order of `layers`, or by layer, 1 where it is left out.
+            segment_weights: by segment, 1 where it is left out.
+            options: of the loss.
+
         Raises:
-            StageError: if a layer is not there, or a target never varies.
+            StageError: if a layer is not there, a target never varies, or weights or relation heads do not fit.
         """
-        count = store.geometry.num_layers
+        geometry = store.geometry
+        count = geometry.num_layers
         chosen = tuple(range(count)) if layers is None else tuple(layers)
         if outside := [layer for layer in chosen if layer >= count]:
             raise StageError(f"train.layers: {outside[0]} is not one of the student's layers 0..{count - 1}")
@@ -73,13 +185,35 @@ class KVLoss:
                 raise StageError(
                     f"{store.path}: the target {name} of layer {flat[0]} never vary; choose another projection"
                 )
-        return cls(loss, key_weight, value_weight, chosen, std)
+        options = options or LossOptions()
+        width = geometry.num_key_value_heads * geometry.head_dim
+        if loss == "relation" and options.relation_heads and width % options.relation_heads:
+            raise StageError(
+                f"train.relation_heads: {options.relation_heads} does not divide the {width} numbers of a key "
+                f"({geometry.num_key_value_heads} KV heads x {geometry.head_dim})"
+            )
+        weights = _layer_weights(layer_weights, chosen)
+        return cls(loss, key_weight, value_weight, chosen, std, weights, dict(segment_weights or {}), options)
+
+    def token_weights(self, mask: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor | None:
+        """The weight of each token in `mask` `[n]`, float32; None where all segments weigh the same.
+
+        Args:
+            mask: `[b, t]` bool: tokens that have a target.
+            segments: `[b, t]` uint8; not needed where all segments weigh the same.
+        """
+        table = [self.segment_weights.get(name, 1.0) for name in SEGMENTS]
+        if len(set(table)) == 1:
+            return None
+        assert segments is not None
+        return torch.tensor(table, device=mask.device)[segments[mask].long()]
 
     def __call__(
         self,
         student: Mapping[str, Mapping[int, torch.Tensor]],
         target: Mapping[str, torch.Tensor],
         mask: torch.Tensor,
+        segments: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """The loss of one batch.
 
@@ -87,22 +221,51 @@ class KVLoss:
             student: `keys` and `values`, per layer `[b, t, h, d]`, with gradient.
             target: `keys` and `values` `[b, t, l, h, d]`.
             mask: `[b, t]` bool: tokens that have a target.
+            segments: `[b, t]` uint8, the number of each token's segment; not needed without segment weights.
 
         Returns:
-            `kv`, a scalar with gradient, and without gradient each layer's `keys_l` and `values_l`.
+            `kv`, a scalar with gradient, and without gradient each layer's `keys_l` and `values_l`, in which segments
+            are weighted and layers are not.
         """
         terms: dict[str, torch.Tensor] = {}
         weighted = []
         function = LOSSES[self.loss]
+        weights = self.token_weights(mask, segments)
+        layer_weights = self.layer_weights or (1.0,) * len(self.layers)
         for name, weight in (("keys", self.key_weight), ("values", self.value_weight)):
             if not weight:
                 continue
-            for layer in self.layers:
-                own = student[name][layer][mask].float()
-                error = function(own, target[name][:, :, layer][mask].float(), self.std[name][layer])
-                # A batch without any target contributes nothing, and no NaN.
-                term = error.mean() if error.numel() else own.sum()
+            for layer, layer_weight in zip(self.layers, layer_weights, strict=True):
+                own = student[name][layer].float()
+                error = function(own, target[name][:, :, layer].float(), mask, self.std[name][layer], self.options)
+                # A batch without any target, or with none that counts, contributes nothing, and no NaN.
+                if weights is not None:
+                    term = (weights * error).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+                else:
+                    term = error.mean() if error.numel() else error.sum()
                 terms[f"{name}_{layer}"] = term.detach()
-                weighted.append(weight * term)
-        total = len(self.layers) * (self.key_weight + self.value_weight)
+                weighted.append(weight * layer_weight * term)
+        total = sum(layer_weights) * (self.key_weight + self.value_weight)
         return {"kv": torch.stack(weighted).sum() / total, **terms}
+
+
+def _layer_weights(
+    stated: Sequence[float] | Mapping[int, float] | None, layers: tuple[int, ...]
+) -> tuple[float, ...] | None:
+    """One weight for each of `layers`; None if they are all the same."""
+    if stated is None:
+        return None
+    if isinstance(stated, Mapping):
+        if unknown := sorted(set(stated) - set(layers)):
+            raise StageError(f"train.layer_weights: layer {unknown[0]} has no KV loss; those that have: {layers}")
+        weights = tuple(float(stated.get(layer, 1.0)) for layer in layers)
+    else:
+        weights = tuple(map(float, stated))
+        if len(weights) != len(layers):
+            raise StageError(
+                f"train.layer_weights: {len(weights)} weights for {len(layers)} layers with a KV loss; give one for "
+                "each, or a mapping from layer to weight"
+            )
+    if not any(weights):
+        raise StageError("train.layer_weights: all are 0; set alpha: 0 to train without targets")
+    return None if len(set(weights)) == 1 else weights

@@ -12,10 +12,11 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
-from ..store import KVGeometry
+from ..store import SEGMENTS, KVGeometry
 
 
 class _Settings(BaseModel):
@@ -59,6 +60,26 @@ class StudentSettings(_Settings):
         return self
 
 
+class AlphaSchedule(_Settings):
+    """How alpha changes with the steps of training."""
+
+    kind: Literal["constant", "linear_decay", "warmup"] = "constant"
+    steps: PositiveInt | None = None
+    """How long it rises or falls; None for `train.max_steps`."""
+
+
+class LoraSettings(_Settings):
+    """Adapters of low rank, trained instead of the weights."""
+
+    r: PositiveInt = 16
+    """Rank."""
+    alpha: PositiveFloat = 32.0
+    """The adapter counts `alpha / r` times."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: list[str] | None = Field(default=None, min_length=1)
+    """Names of the modules that get one; None for all projections of the attention."""
+
+
 class TrainSettings(_Settings):
     """Training: the loss is `CE + alpha * KV`."""
 
@@ -66,13 +87,31 @@ class TrainSettings(_Settings):
     """The student's folder below `students/`."""
     teacher: str | None = None
     """Whose targets to use; may be left out where there is one teacher, or where the recipe fuses several."""
-    alpha: NonNegativeFloat = 1.0
-    """Weight of the KV loss; 0 is plain fine-tuning on the same batches."""
-    loss: Literal["mse", "smooth_l1", "cosine"] = "mse"
+    alpha: NonNegativeFloat | Literal["auto"] = 1.0
+    """Weight of the KV loss; 0 is plain fine-tuning on the same batches; auto is found from gradients."""
+    alpha_schedule: AlphaSchedule = AlphaSchedule()
+    """What alpha is multiplied with, step by step."""
+    kv_share: PositiveFloat = 0.3
+    """`alpha: auto`: the KV gradient's norm over the cross-entropy's, on the parameters that both reach."""
+    alpha_steps: PositiveInt = 20
+    """`alpha: auto`: the first steps, in each of which gradients are measured; then alpha is frozen."""
+    alpha_update_steps: PositiveInt | None = None
+    """`alpha: auto`: measure again every so many steps after them; None to freeze alpha."""
+    measure_steps: PositiveInt | None = None
+    """Gradients are measured for the log every so many steps; None for the larger of 100 and `logging_steps`."""
+    loss: Literal["mse", "smooth_l1", "cosine", "cosine_magnitude", "relation"] = "mse"
+    magnitude_weight: NonNegativeFloat = 1.0
+    """`cosine_magnitude`: weight of the squared difference of log norms."""
+    relation_heads: PositiveInt | None = None
+    """`relation`: heads that all numbers of a token are cut into; None for the student's KV heads."""
     key_weight: NonNegativeFloat = 1.0
     value_weight: NonNegativeFloat = 1.0
     layers: list[NonNegativeInt] | None = None
     """Student layers with a KV loss; None for all."""
+    layer_weights: dict[NonNegativeInt, NonNegativeFloat] | list[NonNegativeFloat] | None = None
+    """Weights of the layers' KV losses: one each, or by layer, 1 where it is left out. Only their ratios count."""
+    segment_weights: dict[Literal["none", "prompt", "rationale", "answer"], NonNegativeFloat] = {}
+    """Weights of tokens in the KV loss, by segment, 1 where it is left out. Only their ratios count."""
     ce_segments: list[Literal["prompt", "rationale", "answer"]] = ["prompt", "rationale", "answer"]
     """Tokens of these segments are predicted; the end of the sequence always is."""
     max_steps: PositiveInt = 1000
@@ -91,6 +130,12 @@ class TrainSettings(_Settings):
     """Held-out evaluation every so many steps; None for the end only."""
     save_steps: PositiveInt | None = None
     """A checkpoint to resume from every so many steps; None for none."""
+    lora: LoraSettings | None = None
+    """Train adapters instead of the weights; None for all weights."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+    collapse_threshold: NonNegativeFloat = 0.1
+    """A warning where the spread of the student's keys or values falls below this share of the target's; 0 for none."""
     num_workers: NonNegativeInt = 0
     """Processes that read the store."""
     seed: int = 0
@@ -98,8 +143,29 @@ class TrainSettings(_Settings):
     arguments: dict[str, Any] = {}
     """Further `transformers.TrainingArguments`, by their own names."""
 
+    @field_validator("alpha", mode="before")
+    @classmethod
+    def _auto_or_number(cls, value: Any) -> Any:
+        """One message, where a union would give one for each of its members."""
+        try:
+            fits = value == "auto" or 0 <= float(value) < float("inf")
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise ValueError(f"must be auto, or a number greater than or equal to 0 (got {value!r})")
+        return value
+
     @model_validator(mode="after")
     def _something_to_learn(self) -> TrainSettings:
-        if self.alpha > 0 and self.key_weight + self.value_weight == 0:
+        if not self.with_kv:
+            return self
+        if self.key_weight + self.value_weight == 0:
             raise ValueError("key_weight and value_weight are both 0; set alpha: 0 to train without targets")
+        if len(self.segment_weights) == len(SEGMENTS) and not any(self.segment_weights.values()):
+            raise ValueError("segment_weights are all 0; set alpha: 0 to train without targets")
         return self
+
+    @property
+    def with_kv(self) -> bool:
+        """Whether there is a KV loss at all."""
+        return self.alpha == "auto" or self.alpha > 0

@@ -1,34 +1,41 @@
 """Hugging Face's Trainer with `CE + alpha * KV` as its loss.
 
 Packing of steps, devices, precision, checkpoints and resuming are the Trainer's. Ours are the loss, held-out metrics
-that weigh every token the same, and the refusal of targets that are not this student's.
+that weigh every token the same, the refusal of targets that are not this student's, and the end of a training that goes
+wrong: what is not finite is named with its samples, and nothing is saved after it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerState
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import get_last_checkpoint
 
-from ..errors import RecipeError, StageError
+from ..errors import RetryLaterError, StageError, TrainingError
 from ..hub import tokenizer_digest
 from ..store import Split
-from ..store.files import disk_errors
+from ..store.files import disk_errors, write_atomic
 from ..tap import KVTap, probe_geometry
+from .alpha import AutoAlpha, gradient_norms, schedule_factor
+from .arguments import last_checkpoint, training_arguments
+from .callbacks import JsonLog, Steps, StopOnSignal
 from .data import IGNORED, TargetCollator, TargetDataset, Targets
-from .losses import KVLoss
+from .diagnostics import CollapseAlarm, Mean, StepClock, check_gradient, not_finite, spread_ratio
+from .lora import add_lora, save_merged
+from .losses import KVLoss, LossOptions
 from .settings import TrainSettings
 from .student import load_student
+
+STATE: Final = "kava.json"
+"""In a checkpoint: what the Trainer does not know of."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,8 @@ class TrainResult:
     steps: int
     metrics: dict[str, float]
     """Held-out: `ce` in nats per token, `ce_per_byte`, `perplexity`, and `kv`."""
+    alpha: float
+    """The weight of the KV loss, without its schedule: as it was set, or as it was found."""
 
 
 def train_student(
@@ -51,7 +60,8 @@ def train_student(
 ) -> TrainResult:
     """Trains the student in folder `student` on the targets of `store` and saves it to `out`.
 
-    An interrupted run goes on at its last checkpoint.
+    An interrupted run goes on at its last checkpoint, and ends as it would have without the interruption. SIGTERM and
+    SIGUSR1 write one after the step in hand.
 
     Args:
         student: a folder with model and tokenizer.
@@ -62,77 +72,165 @@ def train_student(
         on_step: called with the step reached and the last one.
 
     Raises:
-        StageError: if the store is not made for this student, before the first step.
+        StageError: if the store is not made for this student, or the KV loss would have no gradient; before the first
+            update.
+        TrainingError: if a loss or a gradient is not finite; the last checkpoint stays.
+        RetryLaterError: after a signal to stop.
     """
     torch.manual_seed(settings.seed)
     model, tokenizer = load_student(student)
     _check_targets(store, model, tokenizer, corpus_digest)
-    loss = None
-    if settings.alpha > 0:
-        loss = KVLoss.for_store(
-            store,
-            loss=settings.loss,
-            key_weight=settings.key_weight,
-            value_weight=settings.value_weight,
-            layers=settings.layers,
-        )
+    loss = _kv_loss(store, settings) if settings.with_kv else None
     datasets = {split: TargetDataset(store, split, with_kv=loss is not None) for split in Split}
     if not len(datasets[Split.TRAIN]):
         raise StageError(f"{store.path}: there is no training sample in it")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if settings.lora is not None:
+        model = add_lora(model, settings.lora)
+    checkpoint, begun = last_checkpoint(out / "checkpoints")
     from torch.utils.tensorboard import SummaryWriter
 
-    with disk_errors(out):
+    with disk_errors(out), StopOnSignal() as stop:
         out.mkdir(parents=True, exist_ok=True)
-        writer = SummaryWriter(str(out / "tensorboard"))
+        log = JsonLog(out / "metrics.jsonl")
+        log.rewind(begun)
+        writer = SummaryWriter(str(out / "tensorboard"), purge_step=begun + 1)
         trainer = KVTrainer(
             model=model,
-            args=_arguments(settings, out, has_heldout=len(datasets[Split.HELDOUT]) > 0),
+            args=training_arguments(settings, out, has_heldout=len(datasets[Split.HELDOUT]) > 0),
             train_dataset=datasets[Split.TRAIN],
             eval_dataset=datasets[Split.HELDOUT],
             data_collator=TargetCollator(pad or 0, tuple(settings.ce_segments)),
-            callbacks=[TensorBoardCallback(writer), _JsonLog(out / "metrics.jsonl"), _Steps(on_step)],
+            callbacks=[TensorBoardCallback(writer), log, Steps(on_step), stop],
             kv_loss=loss,
-            alpha=settings.alpha,
+            settings=settings,
+            warn=log.warn,
         )
         trainer.remove_callback(PrinterCallback)
-        checkpoint = get_last_checkpoint(str(out / "checkpoints")) if (out / "checkpoints").is_dir() else None
-        if checkpoint is None:
-            (out / "metrics.jsonl").unlink(missing_ok=True)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if checkpoint is not None:
+            trainer.load_state(checkpoint)
+        if not trainer.finished:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if stop.caught:
+            writer.close()
+            raise RetryLaterError(
+                f"{out}: stopped by {stop.caught} after step {trainer.state.global_step} with a checkpoint; the same "
+                "command goes on from there"
+            )
         metrics = trainer.evaluate() if len(datasets[Split.HELDOUT]) else {}
         if trainer.is_world_process_zero():
-            model.save_pretrained(out)
+            (model if settings.lora is None else save_merged(model, out)).save_pretrained(out)
             tokenizer.save_pretrained(out)
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
         writer.close()
     metrics = {name.removeprefix("heldout_"): value for name, value in metrics.items() if name.startswith("heldout_")}
-    return TrainResult(int(trainer.state.global_step), metrics)
+    return TrainResult(int(trainer.state.global_step), metrics, trainer.alpha)
+
+
+def _kv_loss(store: Targets, settings: TrainSettings) -> KVLoss:
+    return KVLoss.for_store(
+        store,
+        loss=settings.loss,
+        key_weight=settings.key_weight,
+        value_weight=settings.value_weight,
+        layers=settings.layers,
+        layer_weights=settings.layer_weights,
+        segment_weights={str(name): weight for name, weight in settings.segment_weights.items()},
+        options=LossOptions(settings.magnitude_weight, settings.relation_heads),
+    )
+
+
+class _Pass(NamedTuple):
+    """What one forward pass gives."""
+
+    ce: torch.Tensor
+    """Summed over predicted tokens."""
+    tokens: torch.Tensor
+    """Their number."""
+    kv: dict[str, torch.Tensor]
+    """See `KVLoss`; empty without one."""
+    student: dict[str, dict[int, torch.Tensor]]
+    """The tapped `keys` and `values`."""
 
 
 class KVTrainer(Trainer):  # type: ignore[misc]
     """The Trainer, with a KV term beside the cross-entropy."""
 
-    def __init__(self, *, kv_loss: KVLoss | None, alpha: float, **kwargs: Any) -> None:
+    def __init__(
+        self, *, kv_loss: KVLoss | None, settings: TrainSettings, warn: Callable[[int, str], None], **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         # The mean over a batch is our loss; without this the Trainer expects sums over accumulated batches.
         self.model_accepts_loss_kwargs = False
-        self.kv_loss, self.alpha = kv_loss, alpha
-        self._terms = _Mean()
+        self.kv_loss, self.settings, self.warn = kv_loss, settings, warn
+        self.auto = AutoAlpha(settings.kv_share, settings.alpha_steps) if settings.alpha == "auto" else None
+        self._alarm = CollapseAlarm(settings.collapse_threshold)
+        self._clock = StepClock()
+        self.add_callback(self._clock)
+        self._terms = Mean()
+        self._looked_at = -1
+        self._checked = False
         self._heldout: tuple[int, dict[str, float]] = (-1, {})
+
+    @property
+    def alpha(self) -> float:
+        """The weight of the KV loss, without its schedule."""
+        return self.auto.alpha if self.auto is not None else float(self.settings.alpha)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done, before this or in an earlier call."""
+        return bool(0 < self.state.max_steps <= self.state.global_step)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """`CE + alpha * KV` of one batch, in nats per predicted token."""
-        ce, tokens, kv = self._forward(model, inputs)
-        loss = ce / tokens.clamp(min=1)
-        terms = {"ce": loss.detach()}
-        if kv is not None:
-            loss = loss + self.alpha * kv["kv"]
-            terms |= {name: value.detach() for name, value in kv.items()}
-        self._terms.add(terms)
+        found = self._forward(model, inputs)
+        ce = found.ce / found.tokens.clamp(min=1)
+        terms = {"ce": ce.detach()}
+        loss = ce
+        if self.kv_loss is not None:
+            if not self._checked and torch.is_grad_enabled():
+                self._checked = True
+                weights = {"keys": self.kv_loss.key_weight, "values": self.kv_loss.value_weight}
+                check_gradient({name: layers for name, layers in found.student.items() if weights[name]})
+            # Accumulated batches share a step; one look at the first of them is enough.
+            if self._looked_at != self.state.global_step:
+                self._looked_at = self.state.global_step
+                self._measure_gradients(ce, found.kv["kv"])
+                self._measure_spread(found.student, inputs)
+            alpha = self._weight()
+            loss = ce + alpha * found.kv["kv"]
+            terms |= {name: value.detach() for name, value in found.kv.items()}
+            self._terms.add({"alpha": alpha})
+        if not torch.isfinite(loss):
+            bad = [name for name, value in terms.items() if not torch.isfinite(value)] or ["alpha * kv"]
+            raise self._not_finite(f"the loss ({', '.join(bad)})", inputs)
+        self._terms.add({"loss": loss.detach(), **terms})
         return (loss, None) if return_outputs else loss
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """The Trainer's step of one batch; its gradient must be finite.
+
+        Raises:
+            TrainingError: if it is not.
+        """
+        self._clock.tokens = self._clock.tokens + inputs["attention_mask"].sum()
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        # Under loss scaling, which float16 needs, infinite gradients are ordinary: the scaler leaves the step out.
+        if getattr(self.accelerator, "scaler", None) is None:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+                raise self._not_finite(f"the gradient ({self._blame(model, inputs)})", inputs)
+        return loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The next step's batches, timed."""
+        began = self._clock.now()
+        found = super().get_batch_samples(*args, **kwargs)
+        self._clock.waited += self._clock.now() - began
+        return found
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out CE over all predicted tokens, per byte of text, and the KV loss; logs and returns them."""
@@ -143,15 +241,17 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         model.eval()
         ce = torch.zeros((), dtype=torch.float64)
         tokens = text_bytes = 0
-        kv_terms = _Mean()
+        kv_terms = Mean()
         with torch.no_grad():
             for inputs in self.get_eval_dataloader():
                 inputs = self._prepare_inputs(inputs)
-                batch_ce, batch_tokens, kv = self._forward(model, inputs)
-                ce += batch_ce.double().cpu()
-                tokens += int(batch_tokens)
-                if kv is not None:
-                    kv_terms.add({name: value.detach() for name, value in kv.items()}, int(inputs["kv_mask"].sum()))
+                found = self._forward(model, inputs)
+                ce += found.ce.double().cpu()
+                tokens += int(found.tokens)
+                if self.kv_loss is not None:
+                    weights = self.kv_loss.token_weights(inputs["kv_mask"], inputs["segments"])
+                    total = float((inputs["kv_mask"] if weights is None else weights).sum())
+                    kv_terms.add(found.kv, total)
         for index in self.eval_dataset.indices:
             sample = self.eval_dataset.store.sample(index, keys=False, values=False)
             text_bytes += int((sample.spans[:, 1] - sample.spans[:, 0]).sum())
@@ -168,15 +268,92 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the terms of the loss, averaged since the last log."""
+        """Adds the terms of the loss, averaged since the last log, and speed and memory."""
         if "loss" in logs:
-            logs |= self._terms.take()
+            logs |= self._terms.take() | self._clock.take()
         super().log(logs, start_time)
 
-    def _forward(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """Summed cross-entropy, number of predicted tokens, and the KV terms if there are targets."""
-        tapped = self.kv_loss is not None
-        with KVTap(self.accelerator.unwrap_model(model), layers=self.kv_loss.layers if self.kv_loss else ()) as tap:
+    def load_state(self, checkpoint: Path) -> None:
+        """Takes up what `_save_checkpoint` left beside the Trainer's own files."""
+        state = json.loads((checkpoint / STATE).read_text())
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if self.finished:
+            # Asked to go on from the last step, the Trainer would take one more.
+            self._load_from_checkpoint(str(checkpoint))
+        self._heldout = (state["heldout"][0], state["heldout"][1])
+        self._terms.load(state["terms"])
+        self._alarm.above = set(state["above"])
+        if self.auto is not None:
+            self.auto = AutoAlpha(**state["alpha"])
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        state = {
+            "heldout": self._heldout,
+            "terms": self._terms.state(),
+            "above": sorted(self._alarm.above),
+            "alpha": None if self.auto is None else asdict(self.auto),
+        }
+        if self.is_world_process_zero():
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder / STATE, json.dumps(state).encode())
+        super()._save_checkpoint(model, trial)
+
+    def _weight(self) -> float:
+        """Alpha in the step in hand."""
+        factor = schedule_factor(self.settings.alpha_schedule, self.state.global_step, self.state.max_steps)
+        return self.alpha * factor
+
+    def _measure_gradients(self, ce: torch.Tensor, kv: torch.Tensor) -> None:
+        """Both terms' gradients where it is time: for `alpha: auto`, for the log, or for both."""
+        settings, step = self.settings, self.state.global_step
+        later = settings.alpha_update_steps
+        finding = self.auto is not None and (step < settings.alpha_steps or (later is not None and step % later == 0))
+        if not finding and step % (settings.measure_steps or max(100, settings.logging_steps)):
+            return
+        norms = torch.stack(gradient_norms(ce, kv, list(self.model.parameters())))
+        of_ce, of_kv = self.accelerator.reduce(norms, "mean").tolist()
+        if finding and self.auto is not None:
+            self.auto.update(of_ce, of_kv)
+        if of_ce > 0:
+            self._terms.add({"kv_gradient_share": self._weight() * of_kv / of_ce})
+
+    def _measure_spread(self, student: dict[str, dict[int, torch.Tensor]], inputs: dict[str, Any]) -> None:
+        """The spread of the student's own tensors in the step that is logged next, and the alarm."""
+        if (self.state.global_step + 1) % self.settings.logging_steps:
+            return
+        mask, ratios = inputs["kv_mask"], {}
+        for name, layers in student.items():
+            for layer, tensor in layers.items():
+                if (ratio := spread_ratio(tensor[mask], inputs[name][:, :, layer][mask])) is not None:
+                    ratios[f"{name}_spread_{layer}"] = ratio
+        self._terms.add(ratios)
+        for name in self._alarm.check(ratios):
+            self.warn(
+                self.state.global_step + 1,
+                f"{name} fell to {ratios[name]:.3g}: the student's vectors vary from token to token less than "
+                f"{self.settings.collapse_threshold:g} times as much as the target's, they may be collapsing",
+            )
+
+    def _blame(self, model: Any, inputs: dict[str, Any]) -> str:
+        """Which terms have a gradient that is not finite, of a batch whose summed gradient is not."""
+        found = self._forward(model, self._prepare_inputs(inputs))
+        terms = {"ce": found.ce / found.tokens.clamp(min=1)}
+        terms |= {name: self._weight() * value for name, value in found.kv.items() if value.requires_grad}
+        bad = not_finite(terms, list(self.model.parameters()))
+        return ", ".join(bad or ["of the sum of accumulated batches"])
+
+    def _not_finite(self, what: str, inputs: dict[str, Any]) -> TrainingError:
+        step, samples = self.state.global_step + 1, ", ".join(inputs["sample_ids"])
+        return TrainingError(
+            f"train: {what} is not finite in step {step}, samples {samples}; the last checkpoint was "
+            "kept. Look at them with kava inspect --sample, or lower train.learning_rate or train.alpha"
+        )
+
+    def _forward(self, model: Any, inputs: dict[str, Any]) -> _Pass:
+        """One forward pass, tapped if there is a KV loss."""
+        layers = self.kv_loss.layers if self.kv_loss else ()
+        with KVTap(self.accelerator.unwrap_model(model), layers=layers) as tap:
             logits = model(
                 input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
             ).logits
@@ -184,86 +361,12 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         ce = F.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
-        kv = None
-        if tapped:
-            assert self.kv_loss is not None
-            student = {"keys": tap.keys, "values": tap.values}
-            kv = self.kv_loss(student, {name: inputs[name] for name in student}, inputs["kv_mask"])
-        return ce, (labels != IGNORED).sum(), kv
-
-
-@dataclass
-class _Mean:
-    """A running mean of named scalars; reading it starts a new one."""
-
-    sums: dict[str, torch.Tensor] = field(default_factory=dict)
-    weight: int = 0
-
-    def add(self, terms: dict[str, torch.Tensor], weight: int = 1) -> None:
-        for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value * weight
-        self.weight += weight
-
-    def take(self) -> dict[str, float]:
-        means = {name: float(value) / max(self.weight, 1) for name, value in self.sums.items()}
-        self.sums, self.weight = {}, 0
-        return means
-
-
-class _JsonLog(TrainerCallback):  # type: ignore[misc]
-    """One JSON object a line, for every log of the Trainer."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-
-
-class _Steps(TrainerCallback):  # type: ignore[misc]
-    def __init__(self, on_step: Callable[[int, int], None]) -> None:
-        self.on_step = on_step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.on_step(state.global_step, state.max_steps)
-
-
-def _arguments(settings: TrainSettings, out: Path, *, has_heldout: bool) -> Any:
-    known = {f.name for f in dataclasses.fields(TrainingArguments)}
-    if unknown := sorted(set(settings.arguments) - known):
-        raise RecipeError(f"train.arguments: transformers.TrainingArguments has no {unknown[0]!r}")
-    values: dict[str, Any] = {
-        "output_dir": str(out / "checkpoints"),
-        "max_steps": settings.max_steps,
-        "per_device_train_batch_size": settings.batch_size,
-        "per_device_eval_batch_size": settings.batch_size,
-        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
-        "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": settings.lr_scheduler,
-        "warmup_steps": settings.warmup_steps,
-        "weight_decay": settings.weight_decay,
-        "max_grad_norm": settings.max_grad_norm,
-        "bf16": settings.bf16,
-        "logging_steps": settings.logging_steps,
-        "eval_strategy": "steps" if settings.eval_steps and has_heldout else "no",
-        "eval_steps": settings.eval_steps,
-        "save_strategy": "steps" if settings.save_steps else "no",
-        "save_steps": settings.save_steps or settings.max_steps,
-        "save_total_limit": 1,
-        "dataloader_num_workers": settings.num_workers,
-        "seed": settings.seed,
-        "report_to": "none",
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        **settings.arguments,
-    }
-    try:
-        return TrainingArguments(**values)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"train: {str(error).splitlines()[0]}") from None
+        student = {"keys": tap.keys, "values": tap.values}
+        kv = {}
+        if self.kv_loss is not None:
+            target = {name: inputs[name] for name in student}
+            kv = self.kv_loss(student, target, inputs["kv_mask"], inputs["segments"])
+        return _Pass(ce, (labels != IGNORED).sum(), kv, student)
 
 
 def _check_targets(store: Targets, model: Any, tokenizer: Any, corpus_digest: str | None) -> None:

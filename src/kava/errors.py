@@ -12,6 +12,7 @@ what is wrong, where, and how to mend it, in one line; the command line prints i
     │   └── HubUnreachableError   2                     not in the local cache, and there is no network
     ├── BackendNotInstalledError  2   ImportError       the engine that the recipe asks for, or its version
     ├── CaptureError              1   RuntimeError      an engine did not deliver every row exactly once
+    ├── TrainingError             1   ArithmeticError   a loss or gradient that is not finite
     ├── StoreError                2   ValueError
     │   ├── StoreNotFoundError    2   FileNotFoundError
     │   ├── ManifestMismatchError 2                     a store of other content, naming every differing field
@@ -75,6 +76,12 @@ class BackendNotInstalledError(KavaError, ImportError):
 
 class CaptureError(KavaError, RuntimeError):
     """An engine did not deliver every row of a prompt exactly once, or not of the tokens it was given."""
+
+    exit_code = EXIT_FAULT
+
+
+class TrainingError(KavaError, ArithmeticError):
+    """The loss or its gradient is infinite or not a number."""
 
     exit_code = EXIT_FAULT
 

@@ -1,0 +1,253 @@
+"""Training on targets that no teacher made: what is logged, what stops it, and that it resumes exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fixtures.models import tiny_model
+from fixtures.stores import write_store
+
+from kava.errors import RecipeError, RetryLaterError, TrainingError
+from kava.hub import tokenizer_digest
+from kava.store import KVGeometry, KVStore
+from kava.tap import KVTap
+from kava.train import TrainSettings, load_student, train_student
+from kava.train.callbacks import STOP_SIGNALS
+from kava.train.diagnostics import CollapseAlarm, spread_ratio
+from kava.train.losses import LOSSES, KVLoss
+
+LENGTHS = [9, 14, 6, 11, 8, 17, 5, 12, 10]
+TIMED = {"tokens_per_second", "data_wait_share", "peak_memory_gib"}
+Train = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path]) -> KVStore:
+    digest = tokenizer_digest(load_student(tiny_models["student"])[1])
+    store: KVStore = write_store(
+        tmp_path_factory.mktemp("targets") / "t.zarr",
+        LENGTHS,
+        kind="target",
+        geometry=KVGeometry(num_layers=3, num_key_value_heads=4, head_dim=8),
+        tokenizer_digest=digest,
+    )[0]
+    return store
+
+
+@pytest.fixture
+def train(targets: KVStore, tiny_models: dict[str, Path], tmp_path: Path) -> Train:
+    """Trains, and gives the lines of the log."""
+
+    def train(name: str, student: Path | None = None, on_step: Any = None, **changes: Any) -> list[dict[str, Any]]:
+        settings = {"max_steps": 4, "batch_size": 2, "logging_steps": 1, "learning_rate": 1e-3, **changes}
+        train_student(
+            student or tiny_models["student"],
+            targets,
+            tmp_path / name,
+            TrainSettings.model_validate(settings),
+            on_step=on_step or (lambda step, total: None),
+        )
+        return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    return train
+
+
+def _steps(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of the log that are of training, without what a clock has measured."""
+    return [{k: v for k, v in line.items() if k not in TIMED} for line in lines if "ce" in line]
+
+
+def test_auto_alpha_makes_the_share_and_is_frozen(train: Train) -> None:
+    lines = _steps(train("auto", alpha="auto", kv_share=0.25, alpha_steps=2, max_steps=5, measure_steps=1))
+    assert lines[0]["kv_gradient_share"] == pytest.approx(0.25)
+    assert lines[1]["alpha"] != lines[0]["alpha"]
+    assert {line["alpha"] for line in lines[1:]} == {lines[1]["alpha"]}
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["ce"] + line["alpha"] * line["kv"], rel=1e-5)
+        assert 0.05 < line["kv_gradient_share"] < 1
+        assert TIMED.isdisjoint(line)
+
+
+def test_a_schedule_and_everything_else_in_the_log(train: Train) -> None:
+    lines = train("fade", alpha=2, alpha_schedule={"kind": "linear_decay", "steps": 2})
+    assert [line["alpha"] for line in lines if "ce" in line] == [2, 1, 0, 0]
+    assert [("kv_gradient_share" in line) for line in lines if "ce" in line] == [True, False, False, False]
+    first = lines[0]
+    assert {"keys_spread_0", "values_spread_2", "grad_norm", *TIMED} <= first.keys()
+    assert first["tokens_per_second"] > 0
+    assert 0 < first["data_wait_share"] < 1
+    assert 0.05 < first["peak_memory_gib"] < 64
+
+
+def _gradients(checkpointing: bool | None, name: str = "mse") -> tuple[dict[str, torch.Tensor], bool]:
+    """Of every layer's key and value projection, from the KV loss alone; None for reentrant checkpointing."""
+    model = tiny_model("llama", layers=3, heads=4, kv_heads=2, head_dim=8).train()
+    if checkpointing is not False:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing is None})
+    generator = torch.Generator().manual_seed(0)
+    target = {side: torch.randn(2, 7, 3, 2, 8, generator=generator) for side in ("keys", "values")}
+    loss = KVLoss(name, 1, 1, (0, 1, 2), dict.fromkeys(target, (1.0, 1.0, 1.0)))
+    with KVTap(model) as tap:
+        logits = model(input_ids=torch.arange(14).view(2, 7), use_cache=False).logits
+    if checkpointing is None:
+        return {}, any(t.requires_grad for t in [*tap.keys.values(), *tap.values.values()])
+    mask = torch.rand(2, 7, generator=generator) < 0.8
+    term = loss({"keys": tap.keys, "values": tap.values}, target, mask)["kv"]
+    (term + 0 * logits.sum()).backward()
+    wanted = {n: p.grad for n, p in model.named_parameters() if n.split(".")[-2] in ("k_proj", "v_proj")}
+    return wanted, True
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradient_checkpointing_keeps_the_gradient_of_every_layer(name: str) -> None:
+    (plain, _), (checkpointed, _) = _gradients(False, name), _gradients(True, name)
+    assert len(plain) == 6
+    for parameter, gradient in plain.items():
+        assert gradient.abs().max() > 1e-6, parameter
+        torch.testing.assert_close(checkpointed[parameter], gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_reentrant_checkpointing_would_lose_it_and_is_refused(train: Train) -> None:
+    assert not _gradients(None)[1]
+    with pytest.raises(RecipeError, match=r"gradient_checkpointing_kwargs: use_reentrant"):
+        train("x", gradient_checkpointing=True, arguments={"gradient_checkpointing_kwargs": {"use_reentrant": True}})
+    one = _steps(train("plain"))
+    for name, changes in (
+        ("two", {"gradient_checkpointing": True}),
+        ("three", {"arguments": {"gradient_checkpointing": True}}),
+    ):
+        for line, plain in zip(_steps(train(name, **changes)), one, strict=True):
+            assert line == pytest.approx(plain, rel=1e-4)
+
+
+def _damaged(student: Path, folder: Path, token: int) -> Path:
+    """The student, with an embedding that is not a number for one token."""
+    model, tokenizer = load_student(student)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = torch.nan
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_loss_that_is_not_finite_names_its_samples(
+    train: Train, targets: KVStore, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    samples = [targets[index] for index in range(len(LENGTHS)) if index % 3 != 2]
+    counts = {t: [s for s in samples if t in s.input_ids] for t in range(90)}
+    token, (owner,) = next((t, found) for t, found in counts.items() if len(found) == 1)
+    student = _damaged(tiny_models["student"], tmp_path / "damaged", token)
+    with pytest.raises(TrainingError, match=r"the loss \(ce, kv, keys_.*is not finite in step") as error:
+        train("nan", student, max_steps=9, batch_size=1, save_steps=1)
+    assert f"samples {owner.sample_id};" in str(error.value)
+    step = int(re.findall(r"in step (\d+)", str(error.value))[0])
+    assert (tmp_path / f"nan/checkpoints/checkpoint-{step - 1}/trainer_state.json").is_file() == (step > 1)
+    assert not (tmp_path / "nan/model.safetensors").exists()
+
+
+def test_a_gradient_that_is_not_finite_names_its_term(train: Train) -> None:
+    """Of a loss that is just finite in float32."""
+    with pytest.raises(TrainingError, match=r"the gradient \(kv\) is not finite in step 1, samples sample-\d+, sample"):
+        train("huge", alpha=1e37)
+
+
+@pytest.mark.parametrize("cut", [4, 5])
+def test_a_cut_training_ends_as_the_whole_one(
+    train: Train, tiny_models: dict[str, Path], tmp_path: Path, cut: int
+) -> None:
+    """Every number of the log but for the clock's, bit for bit: with dropout, alpha from gradients, a log that spans the
+    checkpoint, and epochs whose last batch is short."""
+    student = tmp_path / "student"
+    shutil.copytree(tiny_models["student"], student)
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.2}))
+    settings = {
+        "alpha": "auto",
+        "alpha_steps": 3,
+        "alpha_update_steps": 2,
+        "max_steps": 8,
+        "save_steps": 2,
+        "eval_steps": 4,
+        "logging_steps": 3,
+        "gradient_accumulation_steps": 2,
+        "measure_steps": 1,
+    }
+    whole = train("whole", student, **settings)
+
+    def fall(step: int, total: int) -> None:
+        if step == cut:
+            raise RuntimeError("power")
+
+    with pytest.raises(RuntimeError, match="power"):
+        train("cut", student, on_step=fall, **settings)
+    reached = max(int(p.name.split("-")[1]) for p in (tmp_path / "cut/checkpoints").iterdir())
+    assert reached == (cut - 1) // 2 * 2
+    (tmp_path / f"cut/checkpoints/checkpoint-{reached + 2}").mkdir()  # Begun, and never finished.
+    with (tmp_path / "cut/metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    again = train("cut", student, **settings)
+    assert _steps(again) == _steps(whole)
+    for one, two in zip(again, whole, strict=True):
+        assert {n: v for n, v in one.items() if n.startswith("heldout")} == {
+            n: v for n, v in two.items() if n.startswith("heldout")
+        }
+    models = [load_student(tmp_path / name)[0].state_dict() for name in ("whole", "cut")]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+@pytest.mark.parametrize("last", [2, 4])
+def test_a_signal_leaves_a_checkpoint_and_the_old_handlers(train: Train, tmp_path: Path, last: int) -> None:
+    """In the middle, and in the last step of all, behind which nothing is left but to save."""
+    whole = train("whole", eval_steps=2)
+
+    def ask(step: int, total: int) -> None:
+        if step == last:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    with pytest.raises(RetryLaterError, match=rf"stopped by SIGUSR1 after step {last} with a checkpoint"):
+        train("cut", eval_steps=2, on_step=ask)
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+    assert (tmp_path / f"cut/checkpoints/checkpoint-{last}/kava.json").is_file()
+    again = train("cut", eval_steps=2)
+    assert _steps(again) == _steps(whole)
+    assert [line["step"] for line in again if "heldout_kv" in line] == [2, 4]
+    models = [load_student(tmp_path / name)[0].state_dict() for name in ("whole", "cut")]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_spread_is_what_varies_from_token_to_token() -> None:
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(200, 2, 4, generator=generator) + 100
+    assert spread_ratio(target * 0.3 + 5, target) == pytest.approx(0.3, rel=1e-4)
+    assert spread_ratio(torch.full_like(target, 7.0), target) == 0
+    assert spread_ratio(target[:1], target[:1]) is None
+    assert spread_ratio(target, torch.ones_like(target)) is None
+    alarm = CollapseAlarm(0.1)
+    assert alarm.check({"a": 0.05, "b": 0.5}) == []
+    assert alarm.check({"a": 0.04, "b": 0.09}) == ["b"]
+    assert alarm.check({"a": 0.2, "b": 0.08}) == []
+    assert alarm.check({"a": 0.01, "b": 0.2}) == ["a"]
+
+
+def test_a_collapse_is_told(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    """Targets are noise here: the best that the student can do is to say the same for every token."""
+    settings: dict[str, Any] = {"max_steps": 6, "learning_rate": 3e-2, "alpha": 100}
+    spreads = [line["values_spread_1"] for line in _steps(train("quiet", collapse_threshold=0, **settings))]
+    threshold = (spreads[0] * min(spreads)) ** 0.5
+    assert min(spreads) < 0.9 * spreads[0]
+    capsys.readouterr()
+    lines = train("loud", collapse_threshold=threshold, **settings)
+    told = [line for line in lines if "values_spread_1 fell to" in line.get("warning", "")]
+    assert told
+    assert told[0]["step"] == next(n for n, spread in enumerate(spreads, 1) if spread < threshold)
+    assert f"kava: step {told[0]['step']}: {told[0]['warning']}" in capsys.readouterr().err

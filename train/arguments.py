@@ -1,0 +1,74 @@
+"""What the Trainer is told: the recipe's settings as `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from ..errors import RecipeError
+from .settings import TrainSettings
+
+
+def training_arguments(settings: TrainSettings, out: Path, *, has_heldout: bool) -> Any:
+    """The arguments of one training.
+
+    Args:
+        settings: see `TrainSettings`; its `arguments` win over what is derived from the rest.
+        out: the student's folder; checkpoints lie below it.
+        has_heldout: whether there is anything to evaluate on.
+
+    Raises:
+        RecipeError: if transformers refuses an argument, or gradient checkpointing would lose the KV loss's gradient.
+    """
+    known = {f.name for f in dataclasses.fields(TrainingArguments)}
+    if unknown := sorted(set(settings.arguments) - known):
+        raise RecipeError(f"train.arguments: transformers.TrainingArguments has no {unknown[0]!r}")
+    values: dict[str, Any] = {
+        "output_dir": str(out / "checkpoints"),
+        "max_steps": settings.max_steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": settings.lr_scheduler,
+        "warmup_steps": settings.warmup_steps,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "bf16": settings.bf16,
+        "logging_steps": settings.logging_steps,
+        "eval_strategy": "steps" if settings.eval_steps and has_heldout else "no",
+        "eval_steps": settings.eval_steps,
+        "save_strategy": "steps" if settings.save_steps else "no",
+        "save_steps": settings.save_steps or settings.max_steps,
+        "save_total_limit": 1,
+        "dataloader_num_workers": settings.num_workers,
+        "seed": settings.seed,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "report_to": "none",
+        # A loss that is not finite ends the training; nothing is left to filter from the log.
+        "logging_nan_inf_filter": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        **settings.arguments,
+    }
+    checkpointing = dict(values.get("gradient_checkpointing_kwargs") or {})
+    if checkpointing.setdefault("use_reentrant", False):
+        raise RecipeError(
+            "train.arguments.gradient_checkpointing_kwargs: use_reentrant: true runs layers without a gradient first, "
+            "and the KV loss, which is read there, would have none; leave it out"
+        )
+    try:
+        return TrainingArguments(**values | {"gradient_checkpointing_kwargs": checkpointing})
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"train: {str(error).splitlines()[0]}") from None
+
+
+def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
+    """The newest checkpoint that is whole, and its step; the Trainer's state is the last of its files to be written."""
+    steps = [int(path.parent.name.split("-")[1]) for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return (folder / f"checkpoint-{max(steps)}", max(steps)) if steps else (None, 0)

@@ -1,0 +1,98 @@
+"""What happens between the Trainer's steps: the log, progress, and stopping on a signal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Final
+
+from transformers import TrainerCallback
+
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
+"""What cluster schedulers send some time before they kill."""
+
+
+class JsonLog(TrainerCallback):  # type: ignore[misc]
+    """One JSON object a line, for every log of the Trainer."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Appends the log."""
+        if state.is_world_process_zero and logs:
+            self._write({"step": state.global_step, **logs})
+
+    def warn(self, step: int, message: str) -> None:
+        """Appends a warning, and prints it on stderr."""
+        print(f"kava: step {step}: {message}", file=sys.stderr, flush=True)
+        self._write({"step": step, "warning": message})
+
+    def rewind(self, step: int) -> None:
+        """Drops what was written after `step` finished steps, which will be written again, and a torn last line."""
+        if not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                found = json.loads(line)
+            except ValueError:
+                continue
+            if found["step"] <= step:
+                kept.append(line + "\n")
+        self.path.write_text("".join(kept))
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class Steps(TrainerCallback):  # type: ignore[misc]
+    """Calls a function with the step reached and the last one."""
+
+    def __init__(self, on_step: Callable[[int, int], None]) -> None:
+        self.on_step = on_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tells of the step."""
+        self.on_step(state.global_step, state.max_steps)
+
+
+class StopOnSignal(TrainerCallback):  # type: ignore[misc]
+    """While it is open, SIGTERM and SIGUSR1 end the training after the step in hand, with a checkpoint.
+
+    A context manager; the handlers from before are always put back. Processes forked meanwhile, which read the store,
+    do not react. Outside the main thread, where Python allows no handlers, nothing is caught.
+    """
+
+    def __init__(self) -> None:
+        self.caught: str | None = None
+        """The name of the signal."""
+        self._before: dict[signal.Signals, Any] = {}
+        self._owner = os.getpid()
+
+    def __enter__(self) -> StopOnSignal:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() == self._owner:
+            self.caught = signal.Signals(number).name
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Asks for a checkpoint and the end."""
+        if self.caught:
+            control.should_save = control.should_training_stop = True

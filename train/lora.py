@@ -1,0 +1,65 @@
+"""Low-rank adapters in the place of full fine-tuning, by peft (the extra `lora`).
+
+The tap reads the outputs of the adapted projections, so the KV loss reaches the adapters as it reaches weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from ..errors import BackendNotInstalledError, RecipeError
+from ..tap import decoder
+from .settings import LoraSettings
+
+ADAPTER: Final = "adapter"
+"""The adapter's folder, below the student's."""
+PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "dense")
+"""What attention modules call their projections; each has some of these."""
+
+
+def add_lora(model: Any, settings: LoraSettings) -> Any:
+    """The model with trainable adapters, all else frozen; a `PeftModel` around it.
+
+    LoRA, Hu et al. 2021, arXiv 2106.09685: `W x + (alpha / r) B A x`, `B` zero at first.
+
+    Raises:
+        BackendNotInstalledError: without peft.
+        RecipeError: if the model has no module of one of the names.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise BackendNotInstalledError("train.lora needs peft: pip install 'kava[lora]'") from error
+    names = [name for name, _ in model.named_modules()]
+    wanted = settings.target_modules or [
+        name for name in PROJECTIONS if hasattr(decoder(model).layers[0].self_attn, name)
+    ]
+    for name in wanted:
+        if not any(module == name or module.endswith(f".{name}") for module in names):
+            raise RecipeError(f"train.lora.target_modules: {type(model).__name__} has no module {name!r}")
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=settings.r,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=wanted,
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def save_merged(model: Any, out: Path) -> Any:
+    """Saves the adapter below `out` and adds it to the weights.
+
+    Args:
+        model: of `add_lora`; not to be used afterwards.
+        out: the student's folder.
+
+    Returns:
+        The model without adapters, of the class that it had at first.
+    """
+    # Embeddings are never adapted here; peft would ask the hub whether their size has changed.
+    model.save_pretrained(out / ADAPTER, save_embedding_layers=False)
+    return model.merge_and_unload()
