@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import UnsupportedModelError
 from ..extract.rope import RotaryTable, forget_longest_pass, rotary_tables
-from ..tap import KVTap, decoder, sliding_window
+from ..tap import KVTap, attention_layout, decoder, sliding_window
 
 if TYPE_CHECKING:
     import torch
@@ -121,8 +121,9 @@ class AttentionReplay:
         self._own.append(args[0][0].float().cpu())
 
     def _projection(self, attention: Any) -> Any:
-        if not hasattr(attention, "o_proj") or not hasattr(attention, "scaling"):
+        output = attention_layout(attention.config).output
+        if not hasattr(attention, output) or not hasattr(attention, "scaling"):
             raise UnsupportedModelError(
-                f"{type(attention).__name__} has no o_proj or scaling where kava looks for them"
+                f"{type(attention).__name__} has no {output} or scaling where kava looks for them"
             )
-        return attention.o_proj
+        return getattr(attention, output)

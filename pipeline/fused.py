@@ -80,6 +80,11 @@ class FusedTargets(Sequence[KVSample]):
         return (self.sample(i) for i in range(len(self)))
 
     @property
+    def content(self) -> str:
+        """A digest of the targets that are fused, and of how."""
+        return self.fusion.key
+
+    @property
     def geometry(self) -> KVGeometry:
         """Layers, KV heads and head width."""
         return self.manifest.geometry

@@ -68,7 +68,7 @@ class PartWriter:
     def append(self, position: int, sample: KVSample, *, coverage: np.ndarray[Any, Any] | None = None) -> None:
         """Writes a sample at `position` of this part.
 
-        A sample with a non-finite key or value is not written but recorded as failed.
+        A sample with a non-finite key or value, or without tokens, is not written but recorded as failed.
 
         Args:
             position: in this part.
@@ -81,6 +81,9 @@ class PartWriter:
         """
         self._claim(position, sample.sample_id, sample.split)
         tokens = len(sample)
+        if not tokens:
+            self._record(position, "no tokens")
+            return
         expected = (tokens, *self.manifest.geometry.shape)
         arrays: dict[str, np.ndarray[Any, Any]] = {}
         for name in KV:

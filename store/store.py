@@ -14,6 +14,7 @@ import numpy as np
 from ..errors import ManifestMismatchError, StoreError, StoreNotFoundError
 from .dtypes import DType, dtype_of
 from .files import disk_errors, reading, remove, write_atomic
+from .fingerprint import digest_json
 from .geometry import KVGeometry
 from .manifest import Manifest
 from .part import part_name
@@ -246,6 +247,11 @@ class KVStore(Sequence[KVSample]):
     def num_tokens(self) -> int:
         """Tokens written so far."""
         return sum(int(self.part(number).lengths.sum()) for number in self.committed_parts())
+
+    @property
+    def content(self) -> str:
+        """A digest of the numbers of every part that is written; that of a lossless copy is the same."""
+        return digest_json([(number, self.part(number).content) for number in self.committed_parts()])
 
     def statistics(self) -> dict[str, np.ndarray[Any, Any]]:
         """Per layer, over all tokens with a target: `keys_mean`, `keys_std`, `values_mean`, `values_std`, each `[l]`.

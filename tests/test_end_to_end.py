@@ -155,7 +155,8 @@ def test_changed_parameters_are_stale_and_only_what_follows_is_made_again(
 def test_a_part_captured_again_makes_only_its_targets_stale(
     done: Path, tmp_path: Path, tiny_models: dict[str, Path]
 ) -> None:
-    recipe = write_recipe(tmp_path, tiny_models)
+    # A map that is fitted on nothing: another one would be fitted again when its calibration changes.
+    recipe = write_recipe(tmp_path, tiny_models, project={"heads": "random"})
     kava("run", recipe, "--until", "project")
     teacher, targets = (KVStore.open(tmp_path / f"run/{kind}/big.zarr") for kind in ("teachers", "targets"))
     sample = teacher.part(1).sample(0)

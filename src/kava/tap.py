@@ -30,6 +30,8 @@ class AttentionLayout:
     values: str = "v_proj"
     queries: tuple[str, ...] = ("q_proj",)
     """The same for queries."""
+    output: str = "o_proj"
+    """The projection of what the heads have read."""
     fused: bool = False
     """`keys`, `values` and `queries` name one projection whose output is `[queries | keys | values]`."""
     heads_first: bool = False
@@ -56,7 +58,7 @@ ATTENTION_LAYOUTS: Final[dict[str, AttentionLayout]] = {
     "gemma": AttentionLayout(),
     "gemma2": AttentionLayout(attn_implementation="eager"),  # SDPA leaves out the soft-capping of attention scores.
     "gemma3_text": replace(_NORMED, heads_first=True),
-    "phi": _OPTIONAL_NORM,
+    "phi": replace(_OPTIONAL_NORM, output="dense"),
     "phi3": AttentionLayout(keys=("qkv_proj",), values="qkv_proj", queries=("qkv_proj",), fused=True),
     "cohere": AttentionLayout(keys=("k_norm", "k_proj"), queries=("q_norm", "q_proj")),
     "cohere2": AttentionLayout(rotates=lambda attention: attention.sliding_window is not None),

@@ -36,7 +36,9 @@ def test_own_keys_and_values_give_the_models_own_outputs(model_type: str) -> Non
     model = _model(model_type)
     seen: list[torch.Tensor] = []
     hooks = [
-        layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+        layer.self_attn.get_submodule("dense" if model_type == "phi" else "o_proj").register_forward_pre_hook(
+            lambda module, args: seen.append(args[0][0])
+        )
         for layer in decoder(model).layers
     ]
     replay = _replay(model)

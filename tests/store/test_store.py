@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from kava.errors import (
     DamagedStoreError,
     ManifestMismatchError,
+    PartExistsError,
     SampleFailedError,
     StoreError,
     StoreNotFoundError,
@@ -276,10 +277,10 @@ def test_a_part_must_be_whole_and_written_once(tmp_path: Path) -> None:
 def test_two_writers_of_one_part(tmp_path: Path) -> None:
     store = KVStore.create(tmp_path / "s.zarr", manifest(1, 1))
     one, two = store.write_part(0), store.write_part(0)
-    for writer in (one, two):
-        writer.append(0, sample(0, 3))
+    for number, writer in enumerate((one, two)):
+        writer.append(0, sample(number, 3))
     one.commit()
-    with pytest.raises(StoreError, match="another process"):
+    with pytest.raises(PartExistsError, match="another process"):
         two.commit()
     two.abort()
     assert store.verify() == []
