@@ -15,12 +15,13 @@ demo: $(READY)
 test: $(READY)
 	$(RUN) pytest
 
+# BUDGET=SECONDS begins no test after that time, and says which were left out.
 test-slow: $(READY)
-	$(RUN) pytest -m slow
+	$(RUN) pytest -m slow -rs $(if $(BUDGET),--budget $(BUDGET))
 
 # vLLM wants one OpenMP thread per core that is its own; more wait for each other on a shared machine.
 test-vllm: $(VENV)/.vllm
-	$(RUN) OMP_NUM_THREADS=1 pytest -m vllm
+	$(RUN) OMP_NUM_THREADS=1 pytest -m vllm -rs $(if $(BUDGET),--budget $(BUDGET))
 
 lint: $(READY)
 	$(RUN) ruff format --check .

@@ -3,13 +3,41 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
+from random import Random
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+BEGUN = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="begin no test after this time, and say so; the files come in an order of the day, so that all have their turn",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--budget"):
+        files = sorted({item.path for item in items})
+        Random(date.today().toordinal()).shuffle(files)
+        items.sort(key=lambda item: files.index(item.path))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    budget = item.config.getoption("--budget")
+    if budget and time.monotonic() - BEGUN > budget:
+        pytest.skip("no time left of --budget")
 
 
 @pytest.fixture(scope="session", autouse=True)

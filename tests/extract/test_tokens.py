@@ -20,6 +20,8 @@ TOKENIZERS = {
 }
 MIXED = "Él pagó 1,234 € — 東京 🇩🇪 👩‍👩‍👧  naïve\n\n\tend."
 
+ENCODERS = {name: Encoder(tokenizer) for name, tokenizer in TOKENIZERS.items()}
+
 
 def _record(*parts: str) -> Record:
     kinds = [Segment.PROMPT, Segment.RATIONALE, Segment.ANSWER]
@@ -41,7 +43,7 @@ def test_spans_tile_any_text(name: str, text: str) -> None:
         raw = text.encode()
     except UnicodeEncodeError:
         return
-    tokens = Encoder(TOKENIZERS[name]).encode(_record(text))
+    tokens = ENCODERS[name].encode(_record(text))
     spans = [(a, b) for a, b in tokens.spans.tolist() if b > a]
     assert all(b == c for (_, b), (c, _) in pairwise(spans)), spans
     if spans:
