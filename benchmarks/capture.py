@@ -27,7 +27,7 @@ from kava.extract.hf import HFTeacher, plan_batches
 from kava.extract.vllm.teacher import VLLMTeacher
 from kava.pipeline.recipe import Recipe
 from kava.pipeline.run import Run
-from kava.pipeline.store_stages import open_teacher
+from kava.pipeline.teachers import open_teacher
 from kava.store import KVStore
 from kava.tap import decoder
 

@@ -24,7 +24,7 @@ from kava.extract.hf import HFTeacher
 from kava.extract.rope import rotary_tables
 from kava.pipeline.recipe import Recipe
 from kava.pipeline.run import Run
-from kava.pipeline.store_stages import open_teacher
+from kava.pipeline.teachers import open_teacher
 from kava.pipeline.transcode import Transcoding, transcoded_manifest
 from kava.store import CODECS, LOSSY, KVStore
 from kava.tap import KVTap, decoder

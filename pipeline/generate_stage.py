@@ -14,7 +14,7 @@ from ..progress import progress
 from ..store.files import disk_errors, write_atomic
 from .places import RECORD, read_record
 from .stage import Stage, Status
-from .store_stages import open_writer
+from .teachers import open_writer
 
 
 class GenerateStage(Stage):

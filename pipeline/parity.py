@@ -16,7 +16,7 @@ from ..extract import Captured, Tokens
 from ..extract.hf import HFTeacher
 from ..hub import ModelSource
 from .run import Run
-from .store_stages import open_teacher
+from .teachers import open_teacher
 
 if TYPE_CHECKING:
     from rich.console import Console

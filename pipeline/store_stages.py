@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import KavaError, StageError, StoreNotFoundError
 from ..extract import Corpus, Encoder, Teacher, capture_store
-from ..extract.generate import Writer
 from ..progress import progress
 from ..store import KVStore, Manifest, digest_json
 from .direct import capture_targets
@@ -21,11 +20,11 @@ from .project import fit_projector
 from .projector import Projector
 from .run import Run
 from .stage import Stage, Status
+from .teachers import open_teacher
 from .transform import Transform, calibration_pairs, student_encoder
 
 if TYPE_CHECKING:
-    from ..extract.hf import HFTeacher
-    from ..extract.vllm.teacher import VLLMTeacher
+    pass
 
 
 @dataclass
@@ -334,49 +333,6 @@ class ProjectStage(TransformStage):
             return False
         projector.save(self.run.projector_path(self._teacher))
         return True
-
-
-def open_teacher(run: Run, name: str) -> Teacher:
-    """A teacher of the recipe, on the backend that the recipe names.
-
-    Raises:
-        KavaError: if it cannot be loaded or started.
-    """
-    return _open(run, name, decoding=False)
-
-
-def open_writer(run: Run, name: str) -> Writer:
-    """The same, for writing text.
-
-    Raises:
-        KavaError: if it cannot be loaded or started.
-    """
-    return _open(run, name, decoding=True)
-
-
-def _open(run: Run, name: str, *, decoding: bool) -> HFTeacher | VLLMTeacher:
-    recipe, settings, source = run.recipe, run.teacher(name), run.teacher_source(name)
-    if recipe.extract.backend == "vllm":
-        from ..extract.vllm.teacher import VLLMTeacher
-
-        return VLLMTeacher(
-            source,
-            dtype=settings.dtype,
-            output_dtype=recipe.extract.dtype,
-            settings=settings.engine,
-            batch_tokens=recipe.extract.batch_tokens,
-            decoding=decoding,
-        )
-    from ..extract.hf import HFTeacher
-
-    return HFTeacher.load(
-        source,
-        dtype=settings.dtype,
-        device=settings.device,
-        batch_tokens=recipe.extract.batch_tokens,
-        importance=recipe.extract.importance and not decoding,
-        confidence=recipe.extract.confidence and not decoding,
-    )
 
 
 def _capture(
