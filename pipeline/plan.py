@@ -60,6 +60,8 @@ def print_plan(run: Run, chosen: list[str], out: Console) -> None:
     if (fuse := recipe.fuse) is not None:
         reading = "" if fuse.materialize else ", while they are read"
         out.print(f"{fuse.name:<19} {' + '.join(recipe.fused_teachers)}, weights by {fuse.weights}{reading}\n")
+    for name in teachers:
+        reach(name, lambda name=name: run.refuse_misfits(name), None)  # type: ignore[misc]
     corpus, _ = reach("corpus", lambda: run.corpus, None)
     if corpus is not None:
         size = sum(len(r.text.encode()) for r in corpus.records)
