@@ -370,15 +370,11 @@ class Run(Places):
         """
         how = {"name", "teacher", "logging_steps", "eval_steps", "save_steps", "num_workers"}
         how |= {"measure_steps", "collapse_threshold"}
-        targets = self.open_target(self.train_teacher)
         settings = self.recipe.train.model_dump(mode="json", exclude_defaults=True, exclude=how)
-        return digest_json(
-            {
-                "settings": settings,
-                "student": weights_digest(Path(self.student_source.location)),
-                "targets": [targets.manifest.fingerprint, targets.content],
-            }
-        )
+        student = weights_digest(Path(self.student_source.location))
+        targets = self.open_target(self.train_teacher)
+        content = [targets.manifest.fingerprint, targets.content]
+        return digest_json({"settings": settings, "student": student, "targets": content})
 
     def open_target(self, name: str) -> KVStore | FusedTargets:
         """The targets made from a teacher, or the fused ones.

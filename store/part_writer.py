@@ -56,6 +56,7 @@ class PartWriter:
         self._sums = {name: np.zeros((2, layers)) for name in KV}
         self._tokens = 0
         self._coverage: np.ndarray[Any, Any] | None = None
+        self._arrays_begun = False
         with disk_errors(root):
             self._folder.mkdir(parents=True)
 
@@ -155,6 +156,7 @@ class PartWriter:
         if missing := np.flatnonzero(self._length < 0).tolist():
             raise StoreError(f"part {self.index}: samples at positions {missing[:5]} were not written")
         final = self.root / "parts" / part_name(self.index)
+        self._arrays_begun = True
         with disk_errors(self.root):
             self._write_arrays()
             attributes = {
@@ -186,17 +188,21 @@ class PartWriter:
                     raise PartExistsError(f"{final} was written by another process meanwhile; it was kept") from error
                 raise
             fsync(final.parent)
+        self._arrays_begun = False
         return final
 
     def abort(self) -> None:
         """Removes what was not committed."""
         for writer in self._pages.values():
             writer.abort()
-        for _ in range(20):  # After an error of one file, zarr's threads may still be at others.
-            shutil.rmtree(self._folder, ignore_errors=True)
-            if not self._folder.exists():
-                return
+        shutil.rmtree(self._folder, ignore_errors=True)
+        gone = 0
+        for _ in range(40 if self._arrays_begun else 0):  # After an error of one file, zarr may still be at others.
             time.sleep(0.05)
+            gone = 0 if self._folder.exists() else gone + 1
+            shutil.rmtree(self._folder, ignore_errors=True)
+            if gone == 4:
+                break
 
     def _claim(self, position: int, sample_id: str, split: Split) -> None:
         if not 0 <= position < len(self.samples):
