@@ -118,8 +118,8 @@ def test_killed_anywhere_a_rerun_completes(
     environment = dict(os.environ)
     if "tensor_parallel_size" in engine:  # Two ranks bound to cores that others use too wait for each other.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    recipe = _recipe(tmp_path / "killed", models, samples=60, **engine)
-    command = [*KAVA, "extract", str(recipe), "-s", "samples_per_part=3"]
+    recipe = _recipe(tmp_path / "killed", models, samples=120, **engine)
+    command = [*KAVA, "extract", str(recipe), "-s", "samples_per_part=2"]
     shared_before = set(Path("/dev/shm").iterdir())
     parts = tmp_path / "killed/run/teachers/big.zarr/parts"
     with (tmp_path / "log").open("w") as log:
@@ -142,7 +142,7 @@ def test_killed_anywhere_a_rerun_completes(
             or "kava: the vLLM engine" in (tmp_path / "log").read_text()
         )
     written = len(list(parts.glob("0*")))
-    assert 3 <= written < 20
+    assert 3 <= written < 60
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive, [p.cmdline() for p in alive]
     assert set(Path("/dev/shm").iterdir()) <= shared_before
@@ -151,12 +151,12 @@ def test_killed_anywhere_a_rerun_completes(
     assert store.verify() == []
     assert store.missing_parts() == []
     if engine.get("deterministic", True):
-        whole = _recipe(tmp_path / "whole", models, samples=60, **engine)
-        again = [*KAVA, "extract", str(whole), "-s", "samples_per_part=3"]
+        whole = _recipe(tmp_path / "whole", models, samples=120, **engine)
+        again = [*KAVA, "extract", str(whole), "-s", "samples_per_part=2"]
         subprocess.run(again, check=True, env=environment, capture_output=True)
         assert tree(store.path) == tree(tmp_path / "whole/run/teachers/big.zarr")
     run = Run(load_recipe(recipe))
-    chosen = list(range(0, 60, 7))
+    chosen = list(range(0, 120, 13))
     tokens = [run.teacher_encoder("big").encode(run.corpus.records[index]) for index in chosen]
     for captured in HFTeacher.load(run.teacher_source("big"), dtype="float32").capture(tokens):
         stored = store[chosen[captured.index]]
