@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from ..errors import PartExistsError, SampleFailedError, StageError, StoreError, StoreNotFoundError
+from ..errors import SampleFailedError, StageError, StoreError, StoreNotFoundError
 from ..progress import progress
 from ..store import KVStore, Manifest, Split
 from .fused import FusedTargets, take_survey
@@ -17,6 +17,7 @@ from .recipe import FuseSettings
 from .run import Run
 from .stage import Stage, Status
 from .store_stages import StoreStage
+from .transform import open_unchanged
 
 FUSION: Final = "fusion"
 """What a part names as the source of everything that is the same for all samples."""
@@ -38,14 +39,13 @@ class FusePart:
         view = FusedTargets.open(Path(self.fusion), {name: Path(path) for name, path in self.targets})
         readers = {name: store.part(part) for name, store in view.stores.items()}
         first = next(iter(readers.values()))
-        with KVStore.open(self.out).write_part(part) as writer:
+        with open_unchanged(self.out, view.manifest.fingerprint).write_part(part) as writer:
             for position in first.order:
                 try:
                     writer.append(position, view.sample(view.manifest.part_samples(part)[position]))
                 except SampleFailedError as error:
                     writer.fail(position, first.ids[position], Split(int(first.splits[position])), str(error))
-            with suppress(PartExistsError):  # Given out twice, after a worker was taken for dead: the same bits.
-                writer.commit(sources(view.stores, part, view.fusion.key))
+            writer.commit(sources(view.stores, part, view.fusion.key))
         return part
 
 

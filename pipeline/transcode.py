@@ -8,11 +8,10 @@ rewritten store takes its place. A lossy codec or another dtype makes another st
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ManifestMismatchError, PartExistsError, RecipeError
+from ..errors import ManifestMismatchError, RecipeError
 from ..store import CODECS, DTYPES, LOSSY, KVStore, Manifest, PartReader, Split, default_page_tokens, library_versions
 from .parallel import run_parts
 
@@ -42,13 +41,12 @@ class Transcoding:
                 else:
                     writer.append(position, reader.sample(position))
             same = source.manifest.fingerprint == out.manifest.fingerprint
-            with suppress(PartExistsError):  # Given out twice, after a worker was taken for dead: the same bits.
-                writer.commit(
-                    reader.sources if same else {"transcoded": reader.content},
-                    written_by=reader.written_by,
-                    coverage=reader.coverage,
-                    content=reader.content if same else None,
-                )
+            writer.commit(
+                reader.sources if same else {"transcoded": reader.content},
+                written_by=reader.written_by,
+                coverage=reader.coverage,
+                content=reader.content if same else None,
+            )
         return part
 
     def holds(self, made: PartReader, source: PartReader) -> bool:
