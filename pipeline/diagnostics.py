@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -61,20 +61,16 @@ def naive_projector(projector: Projector, calibration: Calibration) -> Projector
     """The same layers by the plainest map: heads and dimensions averaged by overlap, in the same scale."""
     import torch
 
-    weights: dict[str, list[torch.Tensor]] = {name: [] for name in NAMES}
-    biases: dict[str, list[torch.Tensor]] = {name: [] for name in NAMES}
-    for name in NAMES:
-        for index, sources in enumerate(projector.layers):
-            shape = head_shape(projector.source, projector.target, sources)
-            moments, _ = calibration.moments(name, sources, index)
-            plain = HEAD_MAPS["mean"].fit(shape, FitData(moments, None, torch.Generator()))
-            weight, bias = plain.weight, plain.bias
-            if projector.card["scale"] == "unit":
-                weight, bias = standardised(weight, moments)
-            weights[name].append(weight.float())
-            biases[name].append(bias.float())
-    card = {"heads": "mean", "scale": projector.card["scale"]}
-    return Projector(projector.source, projector.target, projector.layers, weights, biases, card)
+    def plain(name: str, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        sources = projector.layers[index]
+        moments, _ = calibration.moments(name, sources, index)
+        shape = head_shape(projector.source, projector.target, sources)
+        fitted = HEAD_MAPS["mean"].fit(shape, FitData(moments, None, torch.Generator()))
+        unit = projector.card["scale"] == "unit"
+        weight, bias = standardised(fitted.weight, moments) if unit else (fitted.weight, fitted.bias)
+        return weight.float(), bias.float()
+
+    return _with_maps(projector, plain, {"heads": "mean", "scale": projector.card["scale"]})
 
 
 def head_shape(source: KVGeometry, target: KVGeometry, sources: Sequence[int]) -> HeadShape:
@@ -119,12 +115,19 @@ def in_own_scale(projector: Projector, calibration: Calibration) -> Projector:
     """A projector onto `unit` scale brought back to the student's mean and spread, to be used in its place."""
     if projector.card["scale"] != "unit":
         return projector
-    weights: dict[str, list[torch.Tensor]] = {name: [] for name in NAMES}
-    biases: dict[str, list[torch.Tensor]] = {name: [] for name in NAMES}
-    for name in NAMES:
-        for index, sources in enumerate(projector.layers):
-            moments, _ = calibration.moments(name, sources, index)
-            size = spread(moments)
-            weights[name].append(projector.weights[name][index] * size)
-            biases[name].append(projector.biases[name][index] * size + moments.mean_y.float())
-    return replace(projector, weights=weights, biases=biases, card={**projector.card, "scale": "own"})
+
+    def own(name: str, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        moments, _ = calibration.moments(name, projector.layers[index], index)
+        size = spread(moments)
+        return projector.weights[name][index] * size, projector.biases[name][index] * size + moments.mean_y.float()
+
+    return _with_maps(projector, own, {**projector.card, "scale": "own"})
+
+
+def _with_maps(
+    projector: Projector, make: Callable[[str, int], tuple[torch.Tensor, torch.Tensor]], card: dict[str, Any]
+) -> Projector:
+    """The same projector with weight and bias of every student layer from `make(keys or values, layer)`."""
+    made = {name: [make(name, index) for index in range(len(projector.layers))] for name in NAMES}
+    weights, biases = ({name: [pair[i] for pair in pairs] for name, pairs in made.items()} for i in range(2))
+    return replace(projector, weights=weights, biases=biases, card=card)
