@@ -244,6 +244,15 @@ class KVStore(Sequence[KVSample]):
         return {part.ids[position]: reason for part in parts for position, reason in part.failed.items()}
 
     @property
+    def lengths(self) -> np.ndarray[Any, Any]:
+        """Tokens of every sample `[num_samples]`; 0 where it is not written yet."""
+        out = np.zeros(len(self), np.int64)
+        for number in self.committed_parts():
+            samples = self.manifest.part_samples(number)
+            out[samples.start : samples.stop] = self.part(number).lengths
+        return out
+
+    @property
     def num_tokens(self) -> int:
         """Tokens written so far."""
         return sum(int(self.part(number).lengths.sum()) for number in self.committed_parts())

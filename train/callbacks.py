@@ -14,6 +14,8 @@ from typing import Any, Final
 
 from transformers import TrainerCallback
 
+from .ranks import Ranks
+
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
 """What cluster schedulers send some time before they kill."""
 
@@ -68,12 +70,14 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
     """While it is open, SIGTERM and SIGUSR1 end the training after the step in hand, with a checkpoint.
 
     A context manager; the handlers from before are always put back. Processes forked meanwhile, which read the store,
-    do not react. Outside the main thread, where Python allows no handlers, nothing is caught.
+    do not react. Outside the main thread, where Python allows no handlers, nothing is caught. Of several ranks all stop
+    after the same step, whichever of them was sent the signal.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         self.caught: str | None = None
         """The name of the signal."""
+        self._ranks = ranks
         self._before: dict[signal.Signals, Any] = {}
         self._owner = os.getpid()
 
@@ -94,5 +98,11 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Asks for a checkpoint and the end."""
-        if self.caught:
+        if self.agree():
             control.should_save = control.should_training_stop = True
+
+    def agree(self) -> bool:
+        """Whether any rank was sent a signal; all then have caught it."""
+        number = int(self._ranks.max([float(signal.Signals[self.caught] if self.caught else 0)])[0])
+        self.caught = signal.Signals(number).name if number else None
+        return number > 0
