@@ -13,6 +13,7 @@ from types import FrameType, TracebackType
 from typing import Any, Final
 
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from .ranks import Ranks
 
@@ -53,6 +54,33 @@ class JsonLog(TrainerCallback):  # type: ignore[misc]
     def _write(self, line: dict[str, Any]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+class Log:
+    """Where the first rank writes what happens; the others write nothing."""
+
+    def __init__(self, out: Path, begun: int, ranks: Ranks) -> None:
+        """Begins, or goes on after `begun` finished steps."""
+        self.callbacks: list[Any] = []
+        self._writer: Any = None
+        if ranks.is_first:
+            from torch.utils.tensorboard import SummaryWriter
+
+            out.mkdir(parents=True, exist_ok=True)
+            lines = JsonLog(out / "metrics.jsonl")
+            lines.rewind(begun)
+            self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=begun + 1)
+            self.callbacks = [TensorBoardCallback(self._writer), lines]
+
+    def warn(self, step: int, message: str) -> None:
+        """Tells of a warning."""
+        if self.callbacks:
+            self.callbacks[-1].warn(step, message)
+
+    def close(self) -> None:
+        """Nothing is written after this."""
+        if self._writer is not None:
+            self._writer.close()
 
 
 class Steps(TrainerCallback):  # type: ignore[misc]

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..errors import KavaError
-from ..store import SEGMENTS, KVGeometry, KVSample, Manifest, Split
+from ..store import SEGMENTS, KVGeometry, KVSample, KVStore, Manifest, Split
 from ..store.dtypes import dtype_of
 
 IGNORED: Final = -100
@@ -105,14 +105,22 @@ class TargetDataset(Dataset[KVSample]):
             KavaError: if it cannot be read, with its number in the store.
         """
         index = self.indices[item]
+        # All layers in order is a plain copy; a list of them is picked out one by one.
+        layers = None if self.layers == tuple(range(self.store.geometry.num_layers)) else list(self.layers)
         try:
+            if isinstance(self.store, KVStore):
+                found = self.store.sample(index, keys=False, values=False)
+                if into:
+                    to_numpy = self.store.dtype.to_numpy
+                    arrays = {name: to_numpy(tensor) for name, tensor in into.items()}
+                    self.store.read_into(index, **arrays, layers=layers)
+                return found
             found = self.store.sample(index, keys="keys" in into, values="values" in into)
         except KavaError as error:
             raise type(error)(f"sample {index}: {error}") from error
         for name, tensor in into.items():
             source = getattr(found, name)
-            # All layers in order is a plain copy; a list of them would be gathered first.
-            tensor.copy_(source if self.layers == tuple(range(source.shape[1])) else source[:, list(self.layers)])
+            tensor.copy_(source if layers is None else source[:, layers])
         return replace(found, keys=None, values=None)
 
 

@@ -6,13 +6,13 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import StageError
+from ..errors import KavaError, StageError
 from ..store import Split
 from .data import IGNORED, TargetCollator, TargetDataset
 from .loader import Batches, Loader, ProcessLoader, ThreadedLoader
 from .losses import KVLoss
 from .order import Order, Row
-from .ranks import Ranks
+from .ranks import Ranks, agreed
 from .settings import TrainSettings
 
 
@@ -162,7 +162,7 @@ class Feed:
         return ThreadedLoader(batches, first=first, threads=self._settings.reader_threads, ahead=ahead, pin=pin)
 
 
-def share_step(batches: list[dict[str, Any]], loss: KVLoss | None, ranks: Ranks, error: Exception | None) -> None:
+def share_step(batches: list[dict[str, Any]], loss: KVLoss | None, ranks: Ranks, error: KavaError | None) -> None:
     """Gives each batch of a step its `shares` of the step's predicted tokens and of its tokens with a target.
 
     The loss of a step is the mean over its tokens, however they are cut into ranks, forward passes and rows. Each
@@ -175,7 +175,7 @@ def share_step(batches: list[dict[str, Any]], loss: KVLoss | None, ranks: Ranks,
         error: why this rank has no batches.
 
     Raises:
-        Exception: `error`, of the first rank that has one, on all of them.
+        KavaError: `error`, of the first rank that has one, on all of them.
     """
     counts = [_counts(batch, loss) for batch in batches]
     sums = [sum(count[term] for count in counts) for term in range(2)]
@@ -196,22 +196,3 @@ def _counts(batch: dict[str, Any], loss: KVLoss | None) -> tuple[float, float]:
         return predicted, 0.0
     weights = loss.token_weights(batch["kv_mask"], batch["segments"])
     return predicted, float(batch["kv_mask"].sum() if weights is None else weights.sum())
-
-
-def agreed(error: Exception) -> Exception:
-    """The error, marked as one that every rank raises, so that only the first tells it."""
-    error.__dict__["agreed"] = True
-    return error
-
-
-def check_packing(model: Any) -> None:
-    """Refuses an attention that would not tell samples in one row apart.
-
-    Raises:
-        StageError: if it is none of those that build their mask from `position_ids`.
-    """
-    found = model.config._attn_implementation
-    if found not in ("sdpa", "eager"):
-        raise StageError(
-            f"train.pack_tokens: attention {found!r} is not known to keep packed samples apart; leave it out"
-        )

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from ..errors import KavaError
 
 T = TypeVar("T")
+E = TypeVar("E", bound=KavaError)
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,26 @@ class Ranks:
                 told[1] = error
         dist.broadcast_object_list(told, src=0, device=self.device)
         if told[1] is not None:
-            raise told[1]
+            raise agreed(told[1])
         found: T = told[0]
         return found
 
     def wait(self) -> None:
         """Until all are here."""
         self.sum([0.0])
+
+    def leave(self) -> None:
+        """Ends what `join` began."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
+
+
+def agreed(error: E) -> E:
+    """The error, marked as one that every rank raises."""
+    error.agreed = True
+    return error
 
 
 def num_processes() -> int:

@@ -20,22 +20,21 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerState
-from transformers.integrations import TensorBoardCallback
 
 from ..errors import KavaError, RetryLaterError, StageError, TrainingError
-from ..hub import tokenizer_digest
 from ..store import Split
 from ..store.files import disk_errors, write_atomic
-from ..tap import KVTap, probe_geometry
+from ..tap import KVTap
 from .alpha import AutoAlpha, gradient_norms, schedule_factor
 from .arguments import last_checkpoint, training_arguments
-from .callbacks import JsonLog, Steps, StopOnSignal
+from .callbacks import Log, Steps, StopOnSignal
+from .checks import check_packing, check_targets
 from .data import IGNORED, TargetCollator, TargetDataset, Targets
 from .diagnostics import CollapseAlarm, Mean, StepClock, check_gradient, not_finite, spread_ratio
-from .feed import Feed, agreed, check_packing, share_step
+from .feed import Feed, share_step
 from .lora import add_lora, save_merged
 from .losses import KVLoss, LossOptions
-from .ranks import Ranks
+from .ranks import Ranks, agreed
 from .settings import TrainSettings
 from .student import load_student
 
@@ -87,7 +86,7 @@ def train_student(
     ranks = ranks or Ranks()
     torch.manual_seed(settings.seed)
     model, tokenizer = load_student(student)
-    _check_targets(store, model, tokenizer, corpus_digest)
+    check_targets(store, model, tokenizer, corpus_digest)
     loss = _kv_loss(store, settings) if settings.with_kv else None
     names, layers = ((), ()) if loss is None else (loss.names, loss.layers)
     datasets = {split: TargetDataset(store, split, names=names, layers=layers) for split in Split}
@@ -103,7 +102,7 @@ def train_student(
     feed = Feed(datasets, collator, settings, args, ranks)
     checkpoint, begun = ranks.first(lambda: last_checkpoint(out / "checkpoints"))
 
-    with disk_errors(out), StopOnSignal(ranks) as stop, closing(_Log(out, begun, ranks)) as log, closing(feed):
+    with disk_errors(out), StopOnSignal(ranks) as stop, closing(Log(out, begun, ranks)) as log, closing(feed):
         trainer = KVTrainer(
             model=model,
             args=args,
@@ -137,33 +136,6 @@ def train_student(
         ranks.wait()
     metrics = {name.removeprefix("heldout_"): value for name, value in metrics.items() if name.startswith("heldout_")}
     return TrainResult(int(trainer.state.global_step), metrics, trainer.alpha)
-
-
-class _Log:
-    """Where the first rank writes what happens; the others write nothing."""
-
-    def __init__(self, out: Path, begun: int, ranks: Ranks) -> None:
-        """Begins, or goes on after `begun` finished steps."""
-        self.callbacks: list[Any] = []
-        self._writer: Any = None
-        if ranks.is_first:
-            from torch.utils.tensorboard import SummaryWriter
-
-            out.mkdir(parents=True, exist_ok=True)
-            lines = JsonLog(out / "metrics.jsonl")
-            lines.rewind(begun)
-            self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=begun + 1)
-            self.callbacks = [TensorBoardCallback(self._writer), lines]
-
-    def warn(self, step: int, message: str) -> None:
-        """Tells of a warning."""
-        if self.callbacks:
-            self.callbacks[-1].warn(step, message)
-
-    def close(self) -> None:
-        """Nothing is written after this."""
-        if self._writer is not None:
-            self._writer.close()
 
 
 def _kv_loss(store: Targets, settings: TrainSettings) -> KVLoss:
@@ -444,25 +416,3 @@ class KVTrainer(Trainer):  # type: ignore[misc]
             target = {name: inputs[name] for name in self.kv_loss.names}
             kv = self.kv_loss(student, target, inputs["kv_mask"], inputs["segments"], inputs.get("sample_numbers"))
         return _Pass(ce, (labels != IGNORED).sum(), kv, student)
-
-
-def _check_targets(store: Targets, model: Any, tokenizer: Any, corpus_digest: str | None) -> None:
-    manifest = store.manifest
-    if manifest.kind == "selected":
-        raise StageError(
-            f"{store.path} is a selected store: its slots are no targets for the student's tokens; train on what "
-            "kava project makes"
-        )
-    if manifest.kind != "target":
-        raise StageError(f"{store.path} is a {manifest.kind} store, not targets; run kava project first")
-    if missing := store.missing_parts():
-        raise StageError(f"{store.path}: {len(missing)} of {manifest.num_parts} parts are missing; run kava project")
-    problems = []
-    if (own := probe_geometry(model)) != manifest.geometry:
-        problems.append(f"geometry: {manifest.geometry} there, {own} in the student")
-    if (digest := tokenizer_digest(tokenizer)) != manifest.tokenizer_digest:
-        problems.append(f"tokenizer: {manifest.tokenizer_digest} there, {digest} in the student")
-    if corpus_digest is not None and corpus_digest != manifest.corpus_digest:
-        problems.append(f"corpus: {manifest.corpus_digest} there, {corpus_digest} in the recipe")
-    if problems:
-        raise StageError(f"{store.path} was made for another student ({'; '.join(problems)}); run kava project again")
