@@ -18,8 +18,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import EXIT_FAULT, EXIT_RETRY, KavaError, RecipeError, StageError
-from .choose import check_stage, choose_stages
 from .cli_store import Overrides, RecipePath, Scheduler, err, out, repair, transcode, verify
+from .commands.choose import check_stage, choose_stages
 
 app = typer.Typer(
     name="kava",
@@ -72,7 +72,7 @@ def run(
         if name not in chosen:
             raise RecipeError(f"--force {name}: that stage is not among those to run ({', '.join(chosen)})")
     if dry_run:
-        from .plan import print_plan
+        from .commands.plan import print_plan
 
         print_plan(loaded, chosen, out)
         return
@@ -102,7 +102,7 @@ def extract(
     """Capture the teachers' keys and values into stores."""
     loaded = _load(recipe, overrides)
     if check_parity:
-        from .parity import measure_parity, print_parity
+        from .commands.parity import measure_parity, print_parity
 
         found = [measure_parity(loaded, name, check_parity) for name in _teachers(loaded, teacher)]
         for parity in found:
@@ -229,7 +229,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Show a store to a person: manifest, sizes, per-layer statistics, one sample's tokens and spans."""
-    from .inspect import inspect_store
+    from .commands.inspect import inspect_store
 
     inspect_store(store, out, sample=sample, align=align, recipe=recipe, as_json=as_json)
 
@@ -340,7 +340,7 @@ def _teachers(loaded: Any, only: str | None) -> list[str]:
 
 
 def _report(loaded: Any, teacher: str | None, scheduler: str | None) -> None:
-    from .report import make_report, report_stages, report_table
+    from .report.projection import make_report, report_stages, report_table
 
     names = _teachers(loaded, teacher)
     _make([s for s in report_stages(loaded) if s.teacher is None or s.teacher in names], frozenset(), scheduler)

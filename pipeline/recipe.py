@@ -31,10 +31,10 @@ from ..extract.vllm.settings import EngineSettings
 from ..store import CODECS, LOSSY, KVGeometry
 from ..store.files import write_atomic
 from ..train.settings import StudentSettings, TrainSettings
-from .fuse import RULES, Weighting
-from .heads import HEAD_MAPS, RIDGE
-from .resample import RESAMPLERS
-from .select import SELECTORS, Selector
+from .fuse.rules import RULES, Weighting
+from .maps.heads import HEAD_MAPS, RIDGE
+from .maps.resample import RESAMPLERS
+from .select.rules import SELECTORS, Selector
 
 DTypeName = Literal["bfloat16", "float16", "float32"]
 

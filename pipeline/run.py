@@ -29,9 +29,9 @@ from ..hub import (
 from ..store import KVGeometry, KVStore, Manifest, ModelIdentity, Split, digest_json
 from ..store.dtypes import dtype_of
 from ..store.manifest import default_page_tokens
-from .fused import FusedTargets
-from .heads import HEAD_MAPS
-from .layers import FITTED, LayerMap, layer_map
+from .fuse.view import FusedTargets
+from .maps.heads import HEAD_MAPS
+from .maps.layers import FITTED, LayerMap, layer_map
 from .parts import BYTES_PER_TOKEN, draw_calibration, samples_per_part
 from .places import Places, read_record
 from .recipe import Recipe, TeacherSettings

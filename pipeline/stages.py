@@ -22,11 +22,11 @@ from ..progress import progress
 from ..store import Split
 from ..store.files import write_atomic
 from ..train.ranks import Ranks
-from .fuse_stage import fuse_stage
+from .fuse.stage import fuse_stage
 from .generate_stage import GenerateStage
 from .places import RECORD, read_record
 from .run import Run
-from .select_stage import SelectStage
+from .select.stage import SelectStage
 from .stage import Stage, Status
 from .store_stages import ExtractStage, ProjectStage, ReferenceStage, ResampleStage
 

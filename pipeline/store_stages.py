@@ -15,9 +15,9 @@ from ..extract import Corpus, Encoder, Teacher, capture_store
 from ..progress import progress
 from ..store import KVStore, Manifest, digest_json
 from .direct import capture_targets
+from .maps.project import fit_projector
+from .maps.projector import Projector
 from .parallel import run_parts
-from .project import fit_projector
-from .projector import Projector
 from .run import Run
 from .stage import Stage, Status
 from .teachers import open_teacher

@@ -19,9 +19,9 @@ from ..extract import Corpus, CorpusSettings, Encoder, load_corpus
 from ..hub import ModelSource, find_model, load_tokenizer
 from ..store import Derive, ExtraArray, KVSample, KVStore, Manifest, Split
 from ..store.fingerprint import file_stamp
-from .moments import Pair
-from .projector import Projector
-from .resample import TimeMap, coverage, identity_map, time_map
+from .maps.moments import Pair
+from .maps.projector import Projector
+from .maps.resample import TimeMap, coverage, identity_map, time_map
 
 if TYPE_CHECKING:
     import torch

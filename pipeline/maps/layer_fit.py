@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AlignmentError
-from ..store import KVGeometry
+from ...errors import AlignmentError
+from ...store import KVGeometry
 from .heads import best_ridge
 from .layers import LayerMap
 from .moments import NAMES, Calibration, Wanted

@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from ..errors import SampleFailedError, StageError, StoreError, StoreNotFoundError
-from ..progress import progress
-from ..store import KVStore, Manifest, Split
-from .fused import FusedTargets, take_survey
+from ...errors import SampleFailedError, StageError, StoreError, StoreNotFoundError
+from ...progress import progress
+from ...store import KVStore, Manifest, Split
+from ..parallel import run_parts
+from ..recipe import FuseSettings
+from ..run import Run
+from ..stage import Stage, Status
+from ..store_stages import StoreStage
+from ..transform import open_unchanged
 from .fusion import Fusion, fused_manifest, fusion_key, measure_fusion
-from .parallel import run_parts
-from .recipe import FuseSettings
-from .run import Run
-from .stage import Stage, Status
-from .store_stages import StoreStage
-from .transform import open_unchanged
+from .view import FusedTargets, take_survey
 
 FUSION: Final = "fusion"
 """What a part names as the source of everything that is the same for all samples."""

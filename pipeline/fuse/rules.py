@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from ..errors import AlignmentError, StageError
-from .moments import NAMES
+from ...errors import AlignmentError, StageError
+from ..maps.moments import NAMES
 
 if TYPE_CHECKING:
     import torch

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from ..errors import AlignmentError
-from ..store import KVGeometry
+from ...errors import AlignmentError
+from ...store import KVGeometry
 from .layers import LayerMap
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
-from ..errors import AlignmentError
+from ...errors import AlignmentError
 from .moments import Moments
 
 if TYPE_CHECKING:

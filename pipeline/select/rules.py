@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
-from ..errors import AlignmentError
-from ..store import digest_json
+from ...errors import AlignmentError
+from ...store import digest_json
 
 if TYPE_CHECKING:
     import torch

@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rich.table import Table
 
-from ..errors import StoreNotFoundError, UnsupportedModelError
-from ..hub import load_model
-from ..store import KVStore
-from ..store.files import write_atomic
-from .diagnostics import in_own_scale, measure, naive_projector
-from .layers import LayerMap
-from .moments import NAMES, Calibration, Wanted, is_held_out
-from .projector import Projector
-from .run import Run
-from .stage import Stage
-from .stages import stages_of
-from .store_stages import ProjectStage, ReferenceStage
-from .transform import CalibrationSample, calibration_pairs, calibration_samples
+from ...errors import StoreNotFoundError, UnsupportedModelError
+from ...hub import load_model
+from ...store import KVStore
+from ...store.files import write_atomic
+from ..maps.diagnostics import in_own_scale, measure, naive_projector
+from ..maps.layers import LayerMap
+from ..maps.moments import NAMES, Calibration, Wanted, is_held_out
+from ..maps.projector import Projector
+from ..run import Run
+from ..stage import Stage
+from ..stages import stages_of
+from ..store_stages import ProjectStage, ReferenceStage
+from ..transform import CalibrationSample, calibration_pairs, calibration_samples
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from ..errors import AlignmentError, StageError, StoreError, StoreNotFoundError
-from ..store import ExtraArray, KVSample, KVStore, Manifest, ModelIdentity, Split, digest_json
-from ..store.files import disk_errors, write_atomic
-from .fuse import RULES, Array, Blend, Correlations, Weighting
-from .moments import NAMES
+from ...errors import AlignmentError, StageError, StoreError, StoreNotFoundError
+from ...store import ExtraArray, KVSample, KVStore, Manifest, ModelIdentity, Split, digest_json
+from ...store.files import disk_errors, write_atomic
+from ..maps.moments import NAMES
+from .rules import RULES, Array, Blend, Correlations, Weighting
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from ..errors import AlignmentError
+from ...errors import AlignmentError
 
 LayerMap = list[list[int]]
 """For each student layer its teacher layers; several are joined before the head map."""

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from ..errors import CorpusError
-from ..extract import Captured, Tokens
-from ..extract.hf import HFTeacher
-from ..hub import ModelSource
-from .run import Run
-from .teachers import open_teacher
+from ...errors import CorpusError
+from ...extract import Captured, Tokens
+from ...extract.hf import HFTeacher
+from ...hub import ModelSource
+from ..run import Run
+from ..teachers import open_teacher
 
 if TYPE_CHECKING:
     from rich.console import Console

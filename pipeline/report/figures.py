@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from .report import ProjectionReport
+    from .projection import ProjectionReport
 
 KEYS: Final = "#1f6fb4"
 VALUES: Final = "#d9700f"

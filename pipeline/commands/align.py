@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from rich.text import Text
 
-from ..errors import StoreError, StoreNotFoundError
-from ..store import KVSample, KVStore
-from .resample import TimeMap, coverage, time_map
+from ...errors import StoreError, StoreNotFoundError
+from ...store import KVSample, KVStore
+from ..maps.resample import TimeMap, coverage, time_map
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..extract import Record, Tokens
-    from .run import Run
+    from ...extract import Record, Tokens
+    from ..run import Run
 
 _COLOURS: Final = ("cyan", "yellow", "green", "magenta", "blue", "bright_cyan", "bright_yellow", "bright_green")
 _LABELS: Final = ("teacher ", "student ")

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, TypeVar
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import HubUnreachableError, KavaError
-from ..store import KVGeometry
-from ..store.dtypes import dtype_of
-from ..store.manifest import default_page_tokens
-from .layers import LayerMap, layer_map
-from .parts import BYTES_PER_TOKEN
-from .run import Run
-from .stages import stages_of
+from ...errors import HubUnreachableError, KavaError
+from ...store import KVGeometry
+from ...store.dtypes import dtype_of
+from ...store.manifest import default_page_tokens
+from ..maps.layers import LayerMap, layer_map
+from ..parts import BYTES_PER_TOKEN
+from ..run import Run
+from ..stages import stages_of
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import SampleFailedError, StageError
-from ..store import KVGeometry, KVSample, KVStore, Split
-from ..store.dtypes import dtype_of
-from .fuse import Array
+from ...errors import SampleFailedError, StageError
+from ...store import KVGeometry, KVSample, KVStore, Split
+from ...store.dtypes import dtype_of
+from ..maps.moments import NAMES
+from ..parallel import run_parts
 from .fusion import Fusion, Survey, fusion_key, read_teachers, told
-from .moments import NAMES
-from .parallel import run_parts
+from .rules import Array
 
 if TYPE_CHECKING:
     import torch

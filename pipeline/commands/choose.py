@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from ..errors import RecipeError
+from ...errors import RecipeError
 
 STAGES: Final = ("generate", "student", "extract", "reference", "resample", "project", "select", "fuse", "train")
 

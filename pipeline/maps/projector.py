@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AlignmentError, StageError
-from ..store import KVGeometry
-from ..store.files import write_atomic
+from ...errors import AlignmentError, StageError
+from ...store import KVGeometry
+from ...store.files import write_atomic
 from .layers import LayerMap
 
 if TYPE_CHECKING:

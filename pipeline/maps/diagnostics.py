@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from ..store import KVGeometry
+from ...store import KVGeometry
 from .heads import HEAD_MAPS, FitData, HeadShape
 from .layer_fit import cka_matrix
 from .moments import NAMES, Calibration, Moments

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import UnsupportedModelError
-from ..extract.rope import RotaryTable, forget_longest_pass, rotary_tables
-from ..tap import KVTap, attention_layout, decoder, sliding_window
+from ...errors import UnsupportedModelError
+from ...extract.rope import RotaryTable, forget_longest_pass, rotary_tables
+from ...tap import KVTap, attention_layout, decoder, sliding_window
 
 if TYPE_CHECKING:
     import torch

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from ..errors import AlignmentError
-from ..store import Segment
+from ...errors import AlignmentError
+from ...store import Segment
 
 if TYPE_CHECKING:
     import torch
 
-    from ..extract import Tokens
-    from ..store import KVSample
+    from ...extract import Tokens
+    from ...store import KVSample
 
 Array = np.ndarray[Any, Any]
 

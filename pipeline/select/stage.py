@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from ..errors import StageError
-from ..extract.rope import RotaryTable, rotary_tables
-from ..hub import ModelSource, load_config
-from ..store import SEGMENTS, ExtraArray, KVSample, KVStore, Manifest, Split, default_page_tokens
-from ..store.dtypes import dtype_of
-from .select import Candidates, Selector
-from .store_stages import ProjectStage, TransformStage
-from .transform import load_projector, open_unchanged
+from ...errors import StageError
+from ...extract.rope import RotaryTable, rotary_tables
+from ...hub import ModelSource, load_config
+from ...store import SEGMENTS, ExtraArray, KVSample, KVStore, Manifest, Split, default_page_tokens
+from ...store.dtypes import dtype_of
+from ..store_stages import ProjectStage, TransformStage
+from ..transform import load_projector, open_unchanged
+from .rules import Candidates, Selector
 
 if TYPE_CHECKING:
-    from .recipe import SelectSettings
+    from ..recipe import SelectSettings
 
 NO_TOKEN: Final = -1
 """The token id of a slot, and the index of an empty one: every layer and head may have a token of its own."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import AlignmentError
-from ..store import KVGeometry
+from ...errors import AlignmentError
+from ...store import KVGeometry
 from .diagnostics import head_shape, measure, standardised
 from .heads import HEAD_MAPS, RIDGE, FitData, fit_heads
 from .layer_fit import choose_layers, wanted_for

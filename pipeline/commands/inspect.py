@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import StoreError
-from ..extract.signals import CONFIDENCE
-from ..store import KVSample, KVStore, Segment, Split
+from ...errors import StoreError
+from ...extract.signals import CONFIDENCE
+from ...store import KVSample, KVStore, Segment, Split
 from .align import print_alignment
 
 if TYPE_CHECKING:
-    from .run import Run
+    from ..run import Run
 
 
 def inspect_store(
@@ -208,8 +208,8 @@ def _find(store: KVStore, sample: str) -> int:
 
 def _run_of(path: Path, recipe: Path | None) -> Run | None:
     """The run that the store belongs to: by the recipe given, or the one saved in the run's folder."""
-    from .recipe import load_recipe
-    from .run import Run
+    from ..recipe import load_recipe
+    from ..run import Run
 
     beside = [folder / "recipe.yaml" for folder in (path.resolve().parent, path.resolve().parent.parent)]
     found = recipe or next((p for p in beside if p.is_file()), None)
@@ -219,7 +219,7 @@ def _run_of(path: Path, recipe: Path | None) -> Run | None:
 def _text_and_tokenizer(store: KVStore, sample: KVSample, run: Run | None) -> tuple[bytes | None, Any]:
     if run is None:
         return None, None
-    from ..hub import load_tokenizer, tokenizer_digest
+    from ...hub import load_tokenizer, tokenizer_digest
 
     record = next((r for r in run.corpus.records if r.sample_id == sample.sample_id), None)
     sources = [run.teacher_source(name) for name in run.recipe.teachers]
