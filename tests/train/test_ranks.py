@@ -213,6 +213,6 @@ def test_what_goes_wrong_on_one_rank_stops_all_and_is_told_once(recipe: Path, tm
 
 def test_other_verbs_are_not_for_several_processes(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "torchrun is for kava train: extract, project, student would run 2 times" in kava(
+    assert "torchrun is for kava train: extract, project, reference, student would run 2 times" in kava(
         "run", recipe, "--until", "project", code=2
     )
