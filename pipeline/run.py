@@ -368,7 +368,16 @@ class Run(Places):
         Raises:
             StoreNotFoundError: if the targets are not made yet.
         """
-        how = {"name", "teacher", "logging_steps", "eval_steps", "save_steps", "num_workers"}
+        how = {
+            "name",
+            "teacher",
+            "logging_steps",
+            "eval_steps",
+            "save_steps",
+            "num_workers",
+            "reader_threads",
+            "prefetch_steps",
+        }
         how |= {"measure_steps", "collapse_threshold"}
         settings = self.recipe.train.model_dump(mode="json", exclude_defaults=True, exclude=how)
         student = weights_digest(Path(self.student_source.location))
