@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..store import SEGMENTS, KVGeometry, KVSample, Manifest, Split, collate
+from ..store import LOGITS, SEGMENTS, KVGeometry, KVSample, Manifest, Split, collate
 
 IGNORED: Final = -100
 """Label of tokens that are not predicted."""
@@ -32,8 +32,8 @@ class Targets(Protocol):
     def geometry(self) -> KVGeometry:
         """Layers, KV heads and head width."""
 
-    def sample(self, index: int, *, keys: bool = True, values: bool = True) -> KVSample:
-        """Sample `index`; keys and values are read only if asked for."""
+    def sample(self, index: int, *, keys: bool = True, values: bool = True, extras: bool = True) -> KVSample:
+        """Sample `index`; keys, values and extra arrays are read only if asked for."""
 
     def indices(self, split: Split | None = None) -> list[int]:
         """Samples that did not fail, of one split or of all."""
@@ -46,17 +46,17 @@ class Targets(Protocol):
 
 
 class TargetDataset(Dataset[KVSample]):
-    """The written samples of one split; keys and values are read only where there is a KV loss."""
+    """The written samples of one split; keys and values are read only where there is a KV loss, logits likewise."""
 
-    def __init__(self, store: Targets, split: Split, *, with_kv: bool) -> None:
-        self.store, self.with_kv = store, with_kv
+    def __init__(self, store: Targets, split: Split, *, with_kv: bool, with_logits: bool = False) -> None:
+        self.store, self.with_kv, self.with_logits = store, with_kv, with_logits
         self.indices = store.indices(split)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, item: int) -> KVSample:
-        return self.store.sample(self.indices[item], keys=self.with_kv, values=self.with_kv)
+        return self.store.sample(self.indices[item], keys=self.with_kv, values=self.with_kv, extras=self.with_logits)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class TargetCollator:
         """A batch.
 
         `input_ids`, `attention_mask`, `labels`, `segments`, `kv_mask` `[b, t]`; `sample_ids`, a list of `b`; with a KV
-        loss also `keys`, `values` `[b, t, l, h, d]`.
+        loss also `keys`, `values` `[b, t, l, h, d]`; with logits `logit_ids`, `logprobs` `[b, t, k]` and `logprob_tail`
+        `[b, t]`, where padding has id -1.
         """
         batch = collate(samples, pad_token_id=self.pad_token_id)
         wanted = torch.zeros_like(batch.input_ids, dtype=torch.bool)
@@ -91,4 +92,13 @@ class TargetCollator:
         }
         if batch.keys is not None:
             out |= {"keys": batch.keys, "values": batch.values}
+        if LOGITS[0] in samples[0].extras:
+            out |= {name: _padded([sample.extras[name] for sample in samples]) for name in LOGITS}
         return out
+
+
+def _padded(rows: Sequence[np.ndarray[Any, Any]]) -> torch.Tensor:
+    """Arrays `[t, ...]` as one tensor `[b, t, ...]`, filled with -1."""
+    return torch.nn.utils.rnn.pad_sequence(
+        [torch.from_numpy(np.ascontiguousarray(array)) for array in rows], batch_first=True, padding_value=-1
+    )

@@ -80,8 +80,16 @@ class LoraSettings(_Settings):
     """Names of the modules that get one; None for all projections of the attention."""
 
 
+class LogitSettings(_Settings):
+    """A loss against the teacher's cached next-token distributions; see `train.logits.logit_loss`."""
+
+    weight: PositiveFloat = 1.0
+    """Of the divergence, against the cross-entropy."""
+    temperature: PositiveFloat = 1.0
+
+
 class TrainSettings(_Settings):
-    """Training: the loss is `CE + alpha * KV`."""
+    """Training: the loss is `CE + alpha * KV`, and `+ weight * KL` with logits."""
 
     name: str = Field("kv", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The student's folder below `students/`."""
@@ -112,6 +120,8 @@ class TrainSettings(_Settings):
     """Weights of the layers' KV losses: one each, or by layer, 1 where it is left out. Only their ratios count."""
     segment_weights: dict[Literal["none", "prompt", "rationale", "answer"], NonNegativeFloat] = {}
     """Weights of tokens in the KV loss, by segment, 1 where it is left out. Only their ratios count."""
+    logits: LogitSettings | None = None
+    """Also learn the teacher's next-token distributions; None for not."""
     ce_segments: list[Literal["prompt", "rationale", "answer"]] = ["prompt", "rationale", "answer"]
     """Tokens of these segments are predicted; the end of the sequence always is."""
     max_steps: PositiveInt = 1000

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with `CE + alpha * KV` as its loss.
+"""Hugging Face's Trainer with `CE + alpha * KV` as its loss, and the divergence from cached logits if asked for.
 
 Packing of steps, devices, precision, checkpoints and resuming are the Trainer's. Ours are the loss, held-out metrics
 that weigh every token the same, the refusal of targets that are not this student's, and the end of a training that goes
@@ -20,15 +20,16 @@ from transformers import PrinterCallback, Trainer, TrainerState
 from transformers.integrations import TensorBoardCallback
 
 from ..errors import RetryLaterError, StageError, TrainingError
-from ..hub import tokenizer_digest
-from ..store import Split
+from ..store import LOGITS, Split
 from ..store.files import disk_errors, write_atomic
-from ..tap import KVTap, probe_geometry
+from ..tap import KVTap
 from .alpha import AutoAlpha, gradient_norms, schedule_factor
 from .arguments import last_checkpoint, training_arguments
 from .callbacks import JsonLog, Steps, StopOnSignal
+from .checks import check_targets
 from .data import IGNORED, TargetCollator, TargetDataset, Targets
 from .diagnostics import CollapseAlarm, Mean, StepClock, check_gradient, not_finite, spread_ratio
+from .logits import logit_loss
 from .lora import add_lora, save_merged
 from .losses import KVLoss, LossOptions
 from .settings import TrainSettings
@@ -44,7 +45,7 @@ class TrainResult:
 
     steps: int
     metrics: dict[str, float]
-    """Held-out: `ce` in nats per token, `ce_per_byte`, `perplexity`, and `kv`."""
+    """Held-out: `ce` in nats per token, `ce_per_byte`, `perplexity`, `kv`, and `logits` in nats per token."""
     alpha: float
     """The weight of the KV loss, without its schedule: as it was set, or as it was found."""
 
@@ -79,9 +80,10 @@ def train_student(
     """
     torch.manual_seed(settings.seed)
     model, tokenizer = load_student(student)
-    _check_targets(store, model, tokenizer, corpus_digest)
+    check_targets(store, model, tokenizer, corpus_digest, logits=settings.logits is not None)
     loss = _kv_loss(store, settings) if settings.with_kv else None
-    datasets = {split: TargetDataset(store, split, with_kv=loss is not None) for split in Split}
+    with_kv, with_logits = loss is not None, settings.logits is not None
+    datasets = {s: TargetDataset(store, s, with_kv=with_kv, with_logits=with_logits) for s in Split}
     if not len(datasets[Split.TRAIN]):
         raise StageError(f"{store.path}: there is no training sample in it")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -151,6 +153,8 @@ class _Pass(NamedTuple):
     """See `KVLoss`; empty without one."""
     student: dict[str, dict[int, torch.Tensor]]
     """The tapped `keys` and `values`."""
+    logits: torch.Tensor | None
+    """Divergences `[n]` of the predicted tokens that the teacher has a distribution for; None if not asked for."""
 
 
 class KVTrainer(Trainer):  # type: ignore[misc]
@@ -190,20 +194,26 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         ce = found.ce / found.tokens.clamp(min=1)
         terms = {"ce": ce.detach()}
         loss = ce
+        # Accumulated batches share a step; one look at the first of them is enough.
+        first_look, self._looked_at = self._looked_at != self.state.global_step, self.state.global_step
         if self.kv_loss is not None:
             if not self._checked and torch.is_grad_enabled():
                 self._checked = True
                 weights = {"keys": self.kv_loss.key_weight, "values": self.kv_loss.value_weight}
                 check_gradient({name: layers for name, layers in found.student.items() if weights[name]})
-            # Accumulated batches share a step; one look at the first of them is enough.
-            if self._looked_at != self.state.global_step:
-                self._looked_at = self.state.global_step
+            if first_look:
                 self._measure_gradients(ce, found.kv["kv"])
                 self._measure_spread(found.student, inputs)
             alpha = self._weight()
             loss = ce + alpha * found.kv["kv"]
             terms |= {name: value.detach() for name, value in found.kv.items()}
             self._terms.add({"alpha": alpha})
+        if self.settings.logits is not None and found.logits is not None:
+            divergence, weight = found.logits.sum() / max(len(found.logits), 1), self.settings.logits.weight
+            if first_look and self._measures:
+                self._log_share("logits", weight, self._norms(ce, divergence))
+            loss = loss + weight * divergence
+            terms["logits"] = divergence.detach()
         if not torch.isfinite(loss):
             bad = [name for name, value in terms.items() if not torch.isfinite(value)] or ["alpha * kv"]
             raise self._not_finite(f"the loss ({', '.join(bad)})", inputs)
@@ -241,19 +251,21 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         model.eval()
         ce = torch.zeros((), dtype=torch.float64)
         tokens = text_bytes = 0
-        kv_terms = Mean()
+        means = Mean()
         with torch.no_grad():
             for inputs in self.get_eval_dataloader():
                 inputs = self._prepare_inputs(inputs)
                 found = self._forward(model, inputs)
                 ce += found.ce.double().cpu()
                 tokens += int(found.tokens)
+                if found.logits is not None:
+                    means.add({"logits": found.logits.sum() / max(len(found.logits), 1)}, len(found.logits))
                 if self.kv_loss is not None:
                     weights = self.kv_loss.token_weights(inputs["kv_mask"], inputs["segments"])
                     total = float((inputs["kv_mask"] if weights is None else weights).sum())
-                    kv_terms.add(found.kv, total)
+                    means.add(found.kv, total)
         for index in self.eval_dataset.indices:
-            sample = self.eval_dataset.store.sample(index, keys=False, values=False)
+            sample = self.eval_dataset.store.sample(index, keys=False, values=False, extras=False)
             text_bytes += int((sample.spans[:, 1] - sample.spans[:, 0]).sum())
         model.train(training)
         mean = float(ce) / max(tokens, 1)
@@ -261,7 +273,7 @@ class KVTrainer(Trainer):  # type: ignore[misc]
             "heldout_ce": mean,
             "heldout_perplexity": float(torch.tensor(mean).exp()),
             "heldout_ce_per_byte": float(ce) / max(text_bytes, 1),
-            **{f"heldout_{name}": value for name, value in kv_terms.take().items()},
+            **{f"heldout_{name}": value for name, value in means.take().items()},
         }
         self.log(metrics)
         self._heldout = (self.state.global_step, metrics)
@@ -309,14 +321,28 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         settings, step = self.settings, self.state.global_step
         later = settings.alpha_update_steps
         finding = self.auto is not None and (step < settings.alpha_steps or (later is not None and step % later == 0))
-        if not finding and step % (settings.measure_steps or max(100, settings.logging_steps)):
+        if not finding and not self._measures:
             return
-        norms = torch.stack(gradient_norms(ce, kv, list(self.model.parameters())))
-        of_ce, of_kv = self.accelerator.reduce(norms, "mean").tolist()
+        of_ce, of_kv = self._norms(ce, kv)
         if finding and self.auto is not None:
             self.auto.update(of_ce, of_kv)
-        if of_ce > 0:
-            self._terms.add({"kv_gradient_share": self._weight() * of_kv / of_ce})
+        self._log_share("kv", self._weight(), (of_ce, of_kv))
+
+    @property
+    def _measures(self) -> bool:
+        """Whether gradients are measured for the log in the step in hand."""
+        every = self.settings.measure_steps or max(100, self.settings.logging_steps)
+        return bool(self.state.global_step % every == 0)
+
+    def _norms(self, ce: torch.Tensor, term: torch.Tensor) -> tuple[float, float]:
+        """See `gradient_norms`; the mean over processes."""
+        norms = torch.stack(gradient_norms(ce, term, list(self.model.parameters())))
+        of_ce, of_term = self.accelerator.reduce(norms, "mean").tolist()
+        return of_ce, of_term
+
+    def _log_share(self, name: str, weight: float, norms: tuple[float, float]) -> None:
+        if norms[0] > 0:
+            self._terms.add({f"{name}_gradient_share": weight * norms[1] / norms[0]})
 
     def _measure_spread(self, student: dict[str, dict[int, torch.Tensor]], inputs: dict[str, Any]) -> None:
         """The spread of the student's own tensors in the step that is logged next, and the alarm."""
@@ -340,6 +366,8 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         found = self._forward(model, self._prepare_inputs(inputs))
         terms = {"ce": found.ce / found.tokens.clamp(min=1)}
         terms |= {name: self._weight() * value for name, value in found.kv.items() if value.requires_grad}
+        if self.settings.logits is not None and found.logits is not None:
+            terms["logits"] = self.settings.logits.weight * found.logits.sum() / max(len(found.logits), 1)
         bad = not_finite(terms, list(self.model.parameters()))
         return ", ".join(bad or ["of the sum of accumulated batches"])
 
@@ -361,31 +389,15 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         ce = F.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
+        divergences = None
+        if self.settings.logits is not None:
+            ids, logprobs, tail = (inputs[name][:, :-1] for name in LOGITS)
+            known = (labels != IGNORED) & (ids[..., 0] >= 0)
+            cached = (ids[known], logprobs[known], tail[known])
+            divergences = logit_loss(logits[:, :-1][known], *cached, temperature=self.settings.logits.temperature)
         student = {"keys": tap.keys, "values": tap.values}
         kv = {}
         if self.kv_loss is not None:
             target = {name: inputs[name] for name in student}
             kv = self.kv_loss(student, target, inputs["kv_mask"], inputs["segments"])
-        return _Pass(ce, (labels != IGNORED).sum(), kv, student)
-
-
-def _check_targets(store: Targets, model: Any, tokenizer: Any, corpus_digest: str | None) -> None:
-    manifest = store.manifest
-    if manifest.kind == "selected":
-        raise StageError(
-            f"{store.path} is a selected store: its slots are no targets for the student's tokens; train on what "
-            "kava project makes"
-        )
-    if manifest.kind != "target":
-        raise StageError(f"{store.path} is a {manifest.kind} store, not targets; run kava project first")
-    if missing := store.missing_parts():
-        raise StageError(f"{store.path}: {len(missing)} of {manifest.num_parts} parts are missing; run kava project")
-    problems = []
-    if (own := probe_geometry(model)) != manifest.geometry:
-        problems.append(f"geometry: {manifest.geometry} there, {own} in the student")
-    if (digest := tokenizer_digest(tokenizer)) != manifest.tokenizer_digest:
-        problems.append(f"tokenizer: {manifest.tokenizer_digest} there, {digest} in the student")
-    if corpus_digest is not None and corpus_digest != manifest.corpus_digest:
-        problems.append(f"corpus: {manifest.corpus_digest} there, {corpus_digest} in the recipe")
-    if problems:
-        raise StageError(f"{store.path} was made for another student ({'; '.join(problems)}); run kava project again")
+        return _Pass(ce, (labels != IGNORED).sum(), kv, student, divergences)
