@@ -1,4 +1,4 @@
-"""Whether targets are a student's own, before it is trained on them."""
+"""Whether targets are a student's own, and whether it can be trained as asked, before it is."""
 
 from __future__ import annotations
 
@@ -48,3 +48,16 @@ def check_targets(store: Targets, model: Any, tokenizer: Any, corpus_digest: str
         problems.append(f"corpus: {manifest.corpus_digest} there, {corpus_digest} in the recipe")
     if problems:
         raise StageError(f"{store.path} was made for another student ({'; '.join(problems)}); run kava project again")
+
+
+def check_packing(model: Any) -> None:
+    """Refuses an attention that would not tell samples in one row apart.
+
+    Raises:
+        StageError: if it is none of those that build their mask from `position_ids`.
+    """
+    found = model.config._attn_implementation
+    if found not in ("sdpa", "eager"):
+        raise StageError(
+            f"train.pack_tokens: attention {found!r} is not known to keep packed samples apart; leave it out"
+        )

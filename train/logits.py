@@ -11,6 +11,18 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .data import IGNORED
+
+
+def taught(labels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """`[b, t - 1]` bool: tokens whose next one is predicted, and that the teacher has a distribution for.
+
+    Args:
+        labels: `[b, t]`, `IGNORED` where a token is not predicted, as the first of a sample never is.
+        ids: `logit_ids` `[b, t, k]`.
+    """
+    return (labels[:, 1:] != IGNORED) & (ids[:, :-1, 0] >= 0)
+
 
 def logit_loss(
     student: torch.Tensor,

@@ -121,6 +121,12 @@ class FusedTargets(Sequence[KVSample]):
             extras={"weights": weights},
         )
 
+    @property
+    def lengths(self) -> Array:
+        """As `KVStore.lengths`; of a sample that failed in some teachers, what the others have."""
+        found: Array = np.max([store.lengths for store in self.stores.values()], axis=0)
+        return found
+
     def weights(self, number: int) -> Array:
         """`[samples, k]`: how much each teacher counts in each sample of a part; zeros where all failed."""
         return self.fusion.weighting(*told(self.stores, self.fusion.weighting, number))

@@ -193,6 +193,16 @@ def test_padding_has_no_part_in_it(targets: KVStore) -> None:
     np.testing.assert_array_equal(batch["logit_ids"][1].numpy(), targets[1].extras["logit_ids"])
 
 
+def test_packed_samples_do_not_see_each_other(targets: KVStore, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """All samples in one step, a row each or all in one: the same means, whoever is behind whom."""
+    found = []
+    for name, changes in (("rows", {"batch_size": 6}), ("packed", {"batch_size": 1, "pack_tokens": 59})):
+        settings = {"alpha": 0, "logits": {}, "max_steps": 1, "learning_rate": 1e-30, **changes}
+        (line, *_) = _train(tiny_models["student"], targets, tmp_path / name, **settings)
+        found.append([line["logits"], line["ce"]])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 def test_it_resumes_under_lora_and_checkpointing(
     targets: KVStore, tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
