@@ -11,7 +11,6 @@ import torch
 from transformers import TrainingArguments
 
 from ..errors import RecipeError
-from .ranks import num_processes
 from .settings import TrainSettings
 
 _SHARDED: Final = (
@@ -69,8 +68,8 @@ def training_arguments(settings: TrainSettings, out: Path, *, has_heldout: bool)
         # A loss that is not finite ends the training; nothing is left to filter from the log.
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        # Without a device, several processes would not find each other otherwise.
-        **({"use_cpu": True} if num_processes() > 1 and not torch.accelerator.is_available() else {}),
+        # Without a device, bfloat16 is refused otherwise, and several processes do not find each other.
+        **({} if torch.accelerator.is_available() else {"use_cpu": True}),
         "disable_tqdm": True,
         "remove_unused_columns": False,
         **settings.arguments,
