@@ -83,7 +83,7 @@ class Codec:
         if not check:
             return True
         _fill(file, offset + page_bytes, stored := scratch("checksum", _CRC.size))
-        return _before_zeros(crc32c(out), page_bytes - out.nbytes) == _CRC.unpack(stored.data)[0]
+        return bool(_before_zeros(crc32c(out), page_bytes - out.nbytes) == _CRC.unpack(stored.data)[0])
 
     def read(self, file: int, offset: int, nbytes: int, out: np.ndarray[Any, Any], *, check: bool = True) -> None:
         """Reads the chunk at `offset` of an open file and decodes it.
