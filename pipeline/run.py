@@ -349,7 +349,7 @@ class Run(Places):
             StoreNotFoundError: if the targets are not made yet.
         """
         how = {"name", "teacher", "logging_steps", "eval_steps", "save_steps", "num_workers"}
-        how |= {"measure_steps", "collapse_threshold"}
+        how |= {"measure_steps", "collapse_threshold", "report_to"}
         settings = self.recipe.train.model_dump(mode="json", exclude_defaults=True, exclude=how)
         student = weights_digest(Path(self.student_source.location))
         targets = self.open_target(self.train_teacher)

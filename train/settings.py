@@ -147,6 +147,8 @@ class TrainSettings(_Settings):
     bf16: bool = False
     """bfloat16 autocast."""
     logging_steps: PositiveInt = 10
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
+    """Where the log goes beside `metrics.jsonl`."""
     eval_steps: PositiveInt | None = None
     """Held-out evaluation every so many steps; None for the end only."""
     save_steps: PositiveInt | None = None

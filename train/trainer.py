@@ -36,6 +36,7 @@ from .objective import Objective, Pass
 from .ranks import Ranks, agreed
 from .settings import TrainSettings
 from .student import load_student
+from .trackers import check_trackers
 
 STATE: Final = "kava.json"
 """In a checkpoint: what the Trainer does not know of."""
@@ -83,8 +84,10 @@ def train_student(
             update.
         TrainingError: if a loss or a gradient is not finite; the last checkpoint stays.
         RetryLaterError: after a signal to stop.
+        BackendNotInstalledError: if a tracker or peft is not installed.
     """
     ranks = ranks or Ranks()
+    check_trackers(settings.report_to)
     torch.manual_seed(settings.seed)
     model, tokenizer = load_student(student)
     check_targets(store, model, tokenizer, corpus_digest, logits=settings.logits is not None)
@@ -105,7 +108,12 @@ def train_student(
     feed = Feed(datasets, collator, settings, args, ranks)
     checkpoint, begun = ranks.first(lambda: last_checkpoint(out / "checkpoints"))
 
-    with disk_errors(out), StopOnSignal(ranks) as stop, closing(Log(out, begun, ranks)) as log, closing(feed):
+    with (
+        disk_errors(out),
+        StopOnSignal(ranks) as stop,
+        closing(Log(out, begun, ranks, settings.report_to)) as log,
+        closing(feed),
+    ):
         trainer = KVTrainer(
             model=model,
             args=args,
