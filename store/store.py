@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from .dtypes import DType, dtype_of
 from .files import disk_errors, reading, remove, write_atomic
 from .fingerprint import digest_json
 from .geometry import KVGeometry
+from .lock import Lock
 from .manifest import Manifest
 from .part import part_name
 from .part_reader import PartReader
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 _BLOCK_BYTES: Final = 64 << 20
 _OPEN_PARTS: Final = 64
 _ASIDE: Final = ".aside-"
+_CLAIM: Final = ".claim-"
 
 
 class KVStore(Sequence[KVSample]):
@@ -195,6 +198,17 @@ class KVStore(Sequence[KVSample]):
     def write_part(self, index: int) -> PartWriter:
         """A writer for one part."""
         return PartWriter(self.path, self.manifest, index)
+
+    def claim(self, index: int, *, wait: bool = False) -> Lock | None:
+        """Says that this process is at a part; None if another is, and `wait` is not set.
+
+        Whoever holds the claim looks whether the part is there by now. It saves work, no more: see `Lock`.
+        """
+        return Lock.take(self.path / "parts" / f"{_CLAIM}{part_name(index)}", wait=wait)
+
+    def holds(self, index: int) -> bool:
+        """Whether a part is written."""
+        return os.path.lexists(self.path / "parts" / part_name(index))
 
     def drop_part(self, index: int) -> None:
         """Removes a part, so that it is written again; derived parts notice by its digest."""
