@@ -106,10 +106,11 @@ class StoreStage(Stage):
             calibration = self.calibration()
         found = []
         for number in store.committed_parts():
-            sources = store.part(number).sources
-            refitted = calibration not in (None, sources.get("calibration", ""))
-            if refitted or (number in there and sources.get("parent") != parent.part(number).content):
-                found.append(number)
+            with suppress(StoreNotFoundError):  # Another process took it out meanwhile.
+                sources = store.part(number).sources
+                refitted = calibration not in (None, sources.get("calibration", ""))
+                if refitted or (number in there and sources.get("parent") != parent.part(number).content):
+                    found.append(number)
         return found
 
     def calibration(self) -> str:

@@ -6,6 +6,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -254,13 +255,12 @@ class KVStore(Sequence[KVSample]):
     @property
     def failed(self) -> dict[str, str]:
         """Ids of failed samples, with the reason."""
-        parts = (self.part(number) for number in self.committed_parts())
-        return {part.ids[position]: reason for part in parts for position, reason in part.failed.items()}
+        return {part.ids[position]: reason for part in self._there() for position, reason in part.failed.items()}
 
     @property
     def num_tokens(self) -> int:
         """Tokens written so far."""
-        return sum(int(self.part(number).lengths.sum()) for number in self.committed_parts())
+        return sum(int(part.lengths.sum()) for part in self._there())
 
     @property
     def content(self) -> str:
@@ -288,7 +288,7 @@ class KVStore(Sequence[KVSample]):
 
         Text tokens; those with a target; those that end where a token of the parent ends.
         """
-        found = [c for number in self.committed_parts() if (c := self.part(number).coverage) is not None]
+        found = [part.coverage for part in self._there() if part.coverage is not None]
         if not found:
             return {}
         totals = np.sum(found, axis=0).tolist()
@@ -301,8 +301,23 @@ class KVStore(Sequence[KVSample]):
         return verify_store(self)
 
     def size_on_disk(self) -> int:
-        """Bytes of all files."""
-        return sum(p.stat().st_size for p in self.path.rglob("*") if p.is_file())
+        """Bytes of all files, but for what is being written or removed just now."""
+        total = 0
+        for folder, inside, files in os.walk(self.path):
+            inside[:] = [name for name in inside if not name.startswith(".")]
+            for name in files:
+                with suppress(FileNotFoundError):  # Another process may put a part in its place.
+                    total += (Path(folder) / name).stat().st_size
+        return total
+
+    def _there(self) -> Iterator[PartReader]:
+        """The readers of all parts; one that another process takes out meanwhile is left out."""
+        for number in self.committed_parts():
+            try:
+                part = self.part(number)
+            except StoreNotFoundError:
+                continue
+            yield part
 
     def _dask(self, name: str) -> da.Array:
         """One block per run of samples of about 64 MiB; bfloat16 is handed out as float32, which is exact."""

@@ -2,7 +2,7 @@
 
 torchrun says RANK and WORLD_SIZE. srun says SLURM_PROCID and, for its step, SLURM_STEP_NUM_TASKS (SLURM_NTASKS); an
 array job says SLURM_ARRAY_TASK_ID, _COUNT, _MIN, _MAX and _STEP, and where each of its tasks is itself an srun of
-several, they multiply. Nothing is read unless it is asked for: a job that happens to run under srun does the whole work.
+several, they multiply. Nothing is read unless it is asked for: a job that happens to run under srun does all the work.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def test_the_environment_counts_only_when_it_is_asked(monkeypatch: pytest.Monkey
     assert share_of(None, None, None).is_all
     assert share_of("auto", None, None) == share_of("auto", 4, None) == Share(0, 4)
     for rank, size in (("auto", 3), ("1", None), (None, 4), ("4", 4), ("-1", 4), ("x", 4)):
-        with pytest.raises(RecipeError, match="--rank|--world-size"):
+        with pytest.raises(RecipeError, match=r"--rank|--world-size"):
             share_of(rank, size, None)
 
 
@@ -113,9 +113,14 @@ def test_parts_of_the_command_line() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_one_signal_stops_and_later_ones_wait(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with pytest.raises(Stopped, match=f"stopped by {number.name}"), stopping_on_signals():
-        try:
-            os.kill(os.getpid(), number)
-        finally:
-            os.kill(os.getpid(), number)  # While it cleans up.
+
+    def work() -> None:
+        with stopping_on_signals():
+            try:
+                os.kill(os.getpid(), number)
+            finally:
+                os.kill(os.getpid(), number)  # While it cleans up.
+
+    with pytest.raises(Stopped, match=f"stopped by {number.name}"):
+        work()
     assert signal.getsignal(number) is before
