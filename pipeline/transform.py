@@ -6,7 +6,7 @@ the parent part, so that a part captured again makes exactly its own targets sta
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -125,6 +125,27 @@ class Transform:
                 f"{self.parent}: sample {source.sample_id!r} is not on this student's tokens; resample it again"
             )
         return identity_map(len(tokens), source.mask)
+
+
+@dataclass(frozen=True)
+class Unclaimed:
+    """Work on those parts that no other process has made by the time it is their turn."""
+
+    work: Callable[[int], int]
+    out: str
+    """The store that it writes."""
+    fingerprint: str
+    """Of that store."""
+
+    def __call__(self, part: int) -> int:
+        """Waits for whoever is at the part, then makes it if it is not there."""
+        store = open_unchanged(self.out, self.fingerprint)
+        claim = store.claim(part, wait=True)
+        assert claim is not None
+        try:
+            return part if store.holds(part) else self.work(part)
+        finally:
+            claim.release()
 
 
 def open_unchanged(path: str, fingerprint: str) -> KVStore:
