@@ -30,6 +30,7 @@ from ..extract.generate import GenerateSettings
 from ..extract.vllm.settings import EngineSettings
 from ..store import CODECS, LOSSY, KVGeometry
 from ..store.files import write_atomic
+from ..train.arms import CompareSettings
 from ..train.settings import StudentSettings, TrainSettings
 from .fuse.rules import RULES, Weighting
 from .maps.heads import HEAD_MAPS, RIDGE
@@ -225,6 +226,8 @@ class Recipe(_Section):
     fuse: FuseSettings | None = None
     """The targets of several teachers as one."""
     train: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}))
+    compare: CompareSettings | None = None
+    """Arms and seeds of kava compare."""
 
     @field_validator("teachers")
     @classmethod
@@ -282,6 +285,12 @@ class Recipe(_Section):
             raise ValueError(f"fuse.fixed: give a number for each of {', '.join(self.fused_teachers)}, and no other")
         if RULES[self.fuse.weights].measure is not None and not self.extract.confidence:
             raise ValueError(f"fuse.weights: {self.fuse.weights} needs extract.confidence: true")
+        return self
+
+    @model_validator(mode="after")
+    def _arms_can_be_trained(self) -> Self:
+        if self.compare is not None:
+            self.compare.resolve(self.train)
         return self
 
     @property
