@@ -1,4 +1,4 @@
-"""What the site makes while it is built: the list of commands, and a page of each notebook beside the notebook itself."""
+"""What the site makes while it is built: the list of commands, and a page of each notebook beside the notebook."""
 
 from __future__ import annotations
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ..errors import EXIT_FAULT, EXIT_RETRY, KavaError, RecipeError, StageError
+from .cli_results import compare, print_table
 from .cli_store import OnlyTeacher, Overrides, RecipePath, Scheduler, err, out, repair, say, transcode, verify
 from .cluster.options import OnlyFailed, Parts, Rank, WorldSize, share_of
 from .cluster.share import ALL, Share
@@ -227,6 +227,9 @@ def train(recipe: RecipePath, overrides: Overrides = None, force: Force = False)
     _run(_load(recipe, overrides), ["train"], frozenset({"train"} if force else ()), None)
 
 
+app.command()(compare)
+
+
 @app.command()
 def status(
     recipe: RecipePath,
@@ -251,13 +254,13 @@ def status(
     for row in rows:
         colour = colours[row["state"]]
         table.add_row(row["stage"], f"[{colour}]{row['state']}[/]", escape(row["detail"]), escape(row["output"]))
-    _print_table(table)
+    print_table(table)
     if students:
         out.print()
         table = Table("student", "alpha", "result", "folder", box=None, pad_edge=False)
         for record in students:
             table.add_row(record["name"], f"{record['alpha']:g}", result_line(record), escape(record["path"]))
-        _print_table(table)
+        print_table(table)
 
 
 @app.command()
@@ -417,7 +420,7 @@ def _report(loaded: Any, teacher: str | None, scheduler: str | None) -> None:
             out.print("not saved: the targets that are there were made with another projector, and so are its files")
         if problem := found.attention.get("problem"):
             out.print(f"attention is not measured: {problem}", markup=False)
-        _print_table(report_table(found))
+        print_table(report_table(found))
         out.print(f"{numbers}\n{picture}", markup=False)
 
 
@@ -435,12 +438,6 @@ def _drop_failed(loaded: Any, teacher: str | None, share: Share) -> None:
             for part in set(stage.mine(store.manifest)) & set(store.committed_parts()):
                 if store.part(part).failed:
                     store.drop_part(part)
-
-
-def _print_table(table: Table) -> None:
-    # A table is cut to the terminal's width; in a file or a pipe nothing is.
-    console = out if out.is_terminal else Console(width=400, highlight=False)
-    console.print(table)
 
 
 def _quiet_libraries() -> None:
