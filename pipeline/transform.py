@@ -1,25 +1,28 @@
 """The fused offline pass: one part of a teacher store in, the same part of a target store out.
 
-A part is one dask task. It streams sample by sample, so its memory is that of a sample, and it records the digest of
-the parent part, so that a part captured again makes exactly its own targets stale.
+A part is one dask task. It streams sample by sample: while one is computed, the next is read and the one before is
+written, each on a thread of its own; so its memory is that of a few samples. It records the digest of the parent part,
+so that a part captured again makes exactly its own targets stale.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from ..errors import StageError
 from ..extract import Corpus, CorpusSettings, Encoder, load_corpus
 from ..hub import ModelSource, find_model, load_tokenizer
-from ..store import Derive, ExtraArray, KVSample, KVStore, Manifest, Split
+from ..store import BackgroundWriter, Derive, ExtraArray, KVSample, KVStore, Manifest, Split
 from ..store.fingerprint import file_stamp
 from .moments import Pair
+from .parallel import ahead
 from .projector import Projector
 from .resample import TimeMap, coverage, identity_map, time_map
 
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
     import torch
 
     from ..extract import Tokens
+
+_WAITING_BYTES: Final = 32 << 20
+"""Of computed samples that may wait to be written; one that is larger waits alone."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +65,18 @@ class Transform:
         """
         parent, out = KVStore.open(self.parent), open_unchanged(self.out, self.fingerprint)
         reader, derive = parent.part(part), self.derive(parent.manifest)
-        with out.write_part(part) as writer:
+        good = [position for position in reader.order if position not in reader.failed]
+        with (
+            BackgroundWriter(out, queue_bytes=_WAITING_BYTES, encoders=0) as writer,
+            closing(ahead(partial(reader.sample, extras=False), good)) as samples,
+        ):
+            writer.begin(part)
             for position in reader.order:
                 if position in reader.failed:
                     split = Split(int(reader.splits[position]))
                     writer.fail(position, reader.ids[position], split, reader.failed[position])
                     continue
-                made, met = derive(reader.sample(position, extras=False))
+                made, met = derive(next(samples))
                 writer.append(position, made, coverage=None if self.resampler is None else met)
             # On the parent's own time axis, how that one met the teacher's is what there is to know.
             known = reader.coverage if self.resampler is None else None

@@ -51,7 +51,7 @@ class Chunk:
 
     def write(self, file: BinaryIO) -> None:
         """Writes both at the end of a file."""
-        file.write(memoryview(self.payload))
+        file.write(self.payload if isinstance(self.payload, bytes) else self.payload.data)
         file.write(_CRC.pack(self.checksum))
 
     def extend(self, checksum: int) -> int:

@@ -76,29 +76,35 @@ class BackgroundWriter:
 
         self._put(job)
 
-    def append(self, position: int, sample: KVSample) -> None:
-        """Queues a sample of the current part; blocks while too much is waiting."""
+    def append(self, position: int, sample: KVSample, *, coverage: np.ndarray[Any, Any] | None = None) -> None:
+        """Queues a sample of the current part; blocks while too much is waiting. See `PartWriter.append`."""
         size = sum(t.numel() * t.element_size() for t in (sample.keys, sample.values) if t is not None)
-        self._put(lambda: self._append(position, sample), size)
+        self._put(lambda: self._append(position, sample, coverage), size)
 
     def fail(self, position: int, sample_id: str, split: Split, reason: str) -> None:
         """Queues the record of a failed sample."""
         self._put(lambda: self._current.fail(position, sample_id, split, reason))
 
-    def commit(self, sources: dict[str, str] | None = None, *, written_by: str = "") -> None:
+    def commit(
+        self,
+        sources: dict[str, str] | None = None,
+        *,
+        written_by: str = "",
+        coverage: list[list[int]] | None = None,
+    ) -> None:
         """Queues the commit of the current part; see `PartWriter.commit`."""
 
         def job() -> None:
             part = self._current
-            part.commit(sources, written_by=written_by)
+            part.commit(sources, written_by=written_by, coverage=coverage)
             self._part = None
             self.on_commit(part.index)
 
         self._put(job)
 
-    def _append(self, position: int, sample: KVSample) -> None:
+    def _append(self, position: int, sample: KVSample, coverage: np.ndarray[Any, Any] | None) -> None:
         if self.derive is None:
-            self._current.append(position, sample)
+            self._current.append(position, sample, coverage=coverage)
             return
         try:
             derived, coverage = self.derive(sample)
