@@ -28,6 +28,8 @@ from .sample import KVBatch, KVSample, Segment, Split, collate
 from .table import header_bytes, read_header
 
 if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
     import dask.array as da
 
     from .verify import Damage
@@ -275,9 +277,9 @@ class KVStore(Sequence[KVSample]):
         done = set(self.committed_parts())
         return [index for index in range(self.manifest.num_parts) if index not in done]
 
-    def write_part(self, index: int) -> PartWriter:
-        """A writer for one part."""
-        return PartWriter(self.path, self.manifest, index)
+    def write_part(self, index: int, pool: ThreadPoolExecutor | None = None) -> PartWriter:
+        """A writer for one part, that encodes on the threads of `pool`, if there is one."""
+        return PartWriter(self.path, self.manifest, index, pool)
 
     def claim(self, index: int, *, wait: bool = False) -> Lock | None:
         """Says that this process is at a part; None if another is, and `wait` is not set.
