@@ -326,15 +326,17 @@ def main() -> None:
 
 
 def _fail(message: str, code: int, error: BaseException) -> None:
+    _tell(message, error)
+    sys.exit(code)
+
+
+def _tell(message: str, error: BaseException) -> None:
     if os.environ.get("KAVA_VERBOSE"):
         import traceback
 
         traceback.print_exception(error)
     rank = os.environ.get("RANK", "0")
-    # Of several processes that train together the first tells what all have agreed on, and each what is its own.
-    if rank == "0" or not getattr(error, "agreed", False):
-        err.print(f"kava: {message}" if rank == "0" else f"kava: rank {rank}: {message}", style="red", markup=False)
-    sys.exit(code)
+    err.print(f"kava: {message}" if rank == "0" else f"kava: rank {rank}: {message}", style="red", markup=False)
 
 
 def _load(path: Path, overrides: list[str] | None) -> Any:
@@ -383,7 +385,16 @@ def _make(stages: Any, force: frozenset[str], scheduler: str | None, share: Shar
     _one_process({stage.name for stage in stages} - {"train"}, share)
     use_cpu = any(stage.run.recipe.train.arguments.get("use_cpu") for stage in stages)
     ranks = Ranks.join(use_cpu=use_cpu) if trains else Ranks()
-    run_stages(stages, force=force, scheduler=scheduler, share=share, say=say, ranks=ranks)
+    try:
+        run_stages(stages, force=force, scheduler=scheduler, share=share, say=say, ranks=ranks)
+    except KavaError as error:
+        if not error.agreed:
+            raise
+        if ranks.is_first:
+            _tell(str(error), error)
+        # torchrun ends the others as soon as one has ended: not before it was told why.
+        ranks.wait()
+        sys.exit(error.exit_code)
     ranks.leave()
 
 
