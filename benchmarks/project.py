@@ -41,8 +41,8 @@ import psutil
 import torch
 
 from kava.extract import Captured, CaptureSettings, Tokens, capture_store
+from kava.pipeline.maps.projector import Projector
 from kava.pipeline.parallel import ahead, run_parts
-from kava.pipeline.projector import Projector
 from kava.pipeline.recipe import Recipe
 from kava.pipeline.run import Run
 from kava.pipeline.stages import StudentStage

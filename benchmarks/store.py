@@ -308,9 +308,7 @@ def memory(stores: dict[str, KVStore], root: Path, aims: Aims) -> None:
             with peak() as wrote:
                 write(root, like, many, 2)
             grown.append(wrote[0])
-        print(
-            f"{codec:<12} reader +{read[0]:.1f} MB, writer +{grown[0]:.1f}, of a part four times as large +{grown[1]:.1f}"
-        )
+        print(f"{codec:<12} reader +{read[0]:.1f} MB, writer +{grown[0]:.1f}, four times the part +{grown[1]:.1f}")
         aims.at_most(f"memory, writer of four times the part, {codec}: MB more", grown[1] - grown[0], 16)
 
 

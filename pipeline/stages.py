@@ -1,31 +1,36 @@
-"""All stages of a run, in order, and making them.
+"""All stages of a run, in order.
 
     [generate] ─┬─> student ─┬─> reference ─┐
                 └─> extract ─┴──────────────┴─> [resample] ─> project ─> [select] ─> [fuse] ─> train
 
 A stage is done when its output says of itself what the recipe asks for. One whose recipe or inputs changed is stale;
-cheap stages are then made again, costly ones (a capture, a training) only with `--force`.
+cheap stages are then made again, costly ones (a capture, a training) only with `--force`. See `make`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import DamagedStoreError, StageError
 from ..hub import load_tokenizer
 from ..progress import progress
 from ..store import Split
 from ..store.files import write_atomic
-from .fuse_stage import fuse_stage
+from ..train.ranks import Ranks
+from ..train.settings import TrainSettings
+from .fuse.stage import fuse_stage
 from .generate_stage import GenerateStage
 from .places import RECORD, read_record
 from .run import Run
-from .select_stage import SelectStage
+from .select.stage import SelectStage
 from .stage import Stage, Status
 from .store_stages import ExtractStage, ProjectStage, ReferenceStage, ResampleStage
+
+if TYPE_CHECKING:
+    from ..train.data import Targets
 
 
 class StudentStage(Stage):
@@ -58,6 +63,13 @@ class TrainStage(Stage):
     """A trained student."""
 
     name = "train"
+    ranks = Ranks()
+    """The processes that train together."""
+
+    @property
+    def one_at_a_time(self) -> bool:
+        """No."""
+        return False
 
     @property
     def costly(self) -> bool:
@@ -69,9 +81,22 @@ class TrainStage(Stage):
         """The trained student's folder."""
         return self.run.trained_dir()
 
+    @property
+    def settings(self) -> TrainSettings:
+        """How it is trained."""
+        return self.run.recipe.train
+
+    def key(self) -> str:
+        """What determines it."""
+        return self.run.trained_key()
+
+    def targets(self) -> Targets:
+        """What it is trained on."""
+        return self.run.open_target(self.run.train_teacher)
+
     def inspect(self) -> Status:
         """Compares the record in the folder with the recipe."""
-        key = self.run.trained_key()
+        key = self.key()
         if not self.output.is_dir():
             return Status("missing")
         record = read_record(self.output)
@@ -86,23 +111,27 @@ class TrainStage(Stage):
         from ..train.trainer import train_student
 
         run = self.run
-        store = run.open_target(run.train_teacher)
-        record: dict[str, Any] = {"key": run.trained_key(), "targets": store.manifest.fingerprint}
-        settings = run.recipe.train
-        with progress(f"{self.label} {settings.name}", settings.max_steps, "steps") as advance:
-            # The record without metrics marks a training that was begun; the next call goes on with it.
-            write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
-            run.recipe.save(self.output / "recipe.yaml")
+        store, settings = self.targets(), self.settings
+        record: dict[str, Any] = {"key": self.key(), "targets": store.manifest.fingerprint}
+        advance: Callable[[int], None] | None = None
+        with ExitStack() as stack:
+            if self.ranks.is_first:
+                advance = stack.enter_context(progress(f"{self.label} {settings.name}", settings.max_steps, "steps"))
+                # The record without metrics marks a training that was begun; the next call goes on with it.
+                write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
+                run.recipe.save(self.output / "recipe.yaml")
             result = train_student(
                 run.student_dir,
                 store,
                 self.output,
                 settings,
                 corpus_digest=run.corpus.digest,
-                on_step=lambda step, total: advance(1),
+                on_step=lambda step, total: advance(1) if advance else None,
+                ranks=self.ranks,
             )
         record |= {"name": settings.name, "alpha": result.alpha, "steps": result.steps, "metrics": result.metrics}
-        write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
+        if self.ranks.is_first:
+            write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
         return result_line(record)
 
 
@@ -123,49 +152,6 @@ def stages_of(run: Run) -> list[Stage]:
     if run.recipe.fuse is not None:
         stages.append(fuse_stage(run))
     return [*stages, TrainStage(run)]
-
-
-def run_stages(
-    stages: list[Stage],
-    *,
-    force: frozenset[str] = frozenset(),
-    scheduler: str | None = None,
-    say: Callable[[str, str], None] = lambda label, line: None,
-) -> None:
-    """Makes what is missing of each stage, in order.
-
-    Args:
-        stages: of one run, in the order of `stages_of`.
-        force: names of stages whose output is thrown away first.
-        scheduler: see `run_parts`.
-        say: called with a stage's label and what became of it.
-
-    Raises:
-        StageError: if a stage's inputs are missing, or a costly output is stale and not forced.
-        DamagedStoreError: if a stage's output, or what it reads, is not as it was written.
-    """
-    for stage in stages:
-        if stage.name in force:
-            stage.check()
-            stage.discard()
-        status = stage.status()
-        if status.state == "complete":
-            say(stage.label, f"up to date ({status.detail})")
-            continue
-        if status.state == "blocked":
-            raise StageError(status.detail)
-        if status.state == "damaged":
-            raise DamagedStoreError(f"{stage.label}: {status.detail}; kava repair makes what is damaged again")
-        if status.state == "stale":
-            if stage.costly:
-                raise StageError(
-                    f"{stage.label}: {stage.output} is stale ({status.detail}); add --force {stage.name} to make it "
-                    "again, or write elsewhere (run_dir, train.name)"
-                )
-            say(stage.label, f"stale ({status.detail}), made again")
-            stage.check()
-            stage.discard()
-        say(stage.label, stage.make(scheduler))
 
 
 def result_line(record: dict[str, Any]) -> str:

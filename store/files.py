@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -113,7 +114,8 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Writes a file so that a reader sees the old bytes or the new ones, never a part of them."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        # Not the process id alone: another host may have the same.
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
         try:
             temporary.write_bytes(data)
             fsync(temporary)

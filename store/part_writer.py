@@ -24,6 +24,7 @@ from .dtypes import DType, dtype_of
 from .extras import checked_extras
 from .files import disk_errors, file_table, fsync, fsync_tree, remove, write_protect
 from .fingerprint import digest_json
+from .lock import Lock
 from .manifest import Manifest
 from .part import KV, ROW_ARRAYS, paged_arrays, part_name
 from .quantize import LOSSY
@@ -299,11 +300,14 @@ class PartWriter:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Removes hidden folders of writers of this host that are no longer alive."""
+    """Removes hidden folders of writers of this host that are no longer alive, and claims that nobody holds."""
     for folder in (root / "parts").glob(".tmp-*"):
         made = re.fullmatch(r"\.tmp-\d+-(.+)-(\d+)-[0-9a-f]+", folder.name)
         if made and made[1] == _host() and not _alive(int(made[2])):
             shutil.rmtree(folder, ignore_errors=True)
+    for claim in (root / "parts").glob(".claim-*"):
+        if (lock := Lock.take(claim)) is not None:
+            lock.release()
     for folder in (root / "parts").glob(".drop-*"):
         with suppress(OSError):  # Its remover may be at it.
             remove(folder)

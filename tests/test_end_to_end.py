@@ -20,7 +20,7 @@ from fixtures.stores import flip, tree
 from kava.extract import Encoder
 from kava.hub import find_model, load_tokenizer
 from kava.pipeline import Projector, load_recipe
-from kava.pipeline.resample import time_map
+from kava.pipeline.maps.resample import time_map
 from kava.pipeline.run import Run
 from kava.store import KVStore, Split
 

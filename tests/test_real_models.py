@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from kava.extract import Encoder, Record
 from kava.extract.hf import HFTeacher
 from kava.hub import find_model, load_tokenizer, model_geometry
-from kava.pipeline.layers import uniform
-from kava.pipeline.project import fit_projector
-from kava.pipeline.resample import last
+from kava.pipeline.maps.layers import uniform
+from kava.pipeline.maps.project import fit_projector
+from kava.pipeline.maps.resample import last
 from kava.store import KVGeometry, KVSample, KVStore, Manifest, ModelIdentity, Segment, Split, default_page_tokens
 from kava.train import TrainSettings, train_student
 

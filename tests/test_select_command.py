@@ -19,7 +19,7 @@ from kava.extract.rope import rotary_tables
 from kava.hub import load_config
 from kava.pipeline import Projector, load_recipe
 from kava.pipeline.run import Run
-from kava.pipeline.select import Candidates, Selector
+from kava.pipeline.select.rules import Candidates, Selector
 from kava.store import KVStore, Segment, Split
 
 SLOTS = {"tokens": 4, "mix_lambda": 0.5}

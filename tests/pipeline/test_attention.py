@@ -9,7 +9,7 @@ import torch
 from fixtures.models import ARCHITECTURES, tiny_model
 
 from kava.errors import UnsupportedModelError
-from kava.pipeline.attention import AttentionReplay
+from kava.pipeline.report.attention import AttentionReplay
 from kava.tap import ATTENTION_LAYOUTS, decoder
 
 TOKENS = 20  # Beyond the sliding windows of 8.

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kava.errors import AlignmentError, SampleFailedError, StageError, StoreError
-from kava.pipeline.fuse import RULES, Blend, Correlations, Weighting, normalised
-from kava.pipeline.fused import FusedTargets, take_survey
-from kava.pipeline.fusion import Fusion, fused_manifest, measure_fusion
+from kava.pipeline.fuse.fusion import Fusion, fused_manifest, measure_fusion
+from kava.pipeline.fuse.rules import RULES, Blend, Correlations, Weighting, normalised
+from kava.pipeline.fuse.view import FusedTargets, take_survey
 from kava.store import KVSample, KVStore, Split
 
 LENGTHS = [9, 4, 12, 1, 7, 10, 8]

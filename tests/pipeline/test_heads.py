@@ -10,8 +10,8 @@ import torch
 from fixtures.pairs import Pair, geometry, pairs, rows
 
 from kava.errors import AlignmentError
-from kava.pipeline.heads import HEAD_MAPS, RIDGE
-from kava.pipeline.project import fit_projector
+from kava.pipeline.maps.heads import HEAD_MAPS, RIDGE
+from kava.pipeline.maps.project import fit_projector
 
 Array = np.ndarray[Any, Any]
 NAMES = ("keys", "values")

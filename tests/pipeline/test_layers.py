@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kava.errors import AlignmentError
-from kava.pipeline.heads import RIDGE
-from kava.pipeline.layer_fit import choose_layers, cka_matrix, monotone, wanted_for
-from kava.pipeline.layers import FITTED, PLANNED, LayerMap, explicit, last_aligned, layer_map, uniform
-from kava.pipeline.moments import Calibration
-from kava.pipeline.project import fit_projector
+from kava.pipeline.maps.heads import RIDGE
+from kava.pipeline.maps.layer_fit import choose_layers, cka_matrix, monotone, wanted_for
+from kava.pipeline.maps.layers import FITTED, PLANNED, LayerMap, explicit, last_aligned, layer_map, uniform
+from kava.pipeline.maps.moments import Calibration
+from kava.pipeline.maps.project import fit_projector
 
 
 @given(st.integers(1, 90), st.integers(1, 90))

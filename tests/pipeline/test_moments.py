@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kava.errors import AlignmentError
-from kava.pipeline.moments import Calibration, Gram, Moments, Wanted, is_held_out
+from kava.pipeline.maps.moments import Calibration, Gram, Moments, Wanted, is_held_out
 
 SOURCE, TARGET = geometry(4, 2, 3), geometry(3, 2, 2)
 LAYERS = [[0], [3, 1], [2, 2]]

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kava.errors import AlignmentError
-from kava.pipeline.heads import HEAD_MAPS
-from kava.pipeline.layers import uniform
-from kava.pipeline.project import fit_projector
-from kava.pipeline.projector import Projector
-from kava.pipeline.resample import RESAMPLERS
+from kava.pipeline.maps.heads import HEAD_MAPS
+from kava.pipeline.maps.layers import uniform
+from kava.pipeline.maps.project import fit_projector
+from kava.pipeline.maps.projector import Projector
+from kava.pipeline.maps.resample import RESAMPLERS
 from kava.store import KVGeometry
 
 FITTED = [name for name in HEAD_MAPS if name != "identity"]

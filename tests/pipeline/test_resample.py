@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kava.errors import AlignmentError
 from kava.extract import Encoder, Record, Tokens
-from kava.pipeline.resample import (
+from kava.pipeline.maps.resample import (
     RESAMPLERS,
     TimeMap,
     coverage,

@@ -13,8 +13,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kava.errors import AlignmentError
-from kava.pipeline.select import SELECTORS, Candidates, Selector, redundancy_only
-from kava.pipeline.select_stage import Selection
+from kava.pipeline.select.rules import SELECTORS, Candidates, Selector, redundancy_only
+from kava.pipeline.select.stage import Selection
 from kava.store import Segment
 
 

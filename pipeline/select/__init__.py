@@ -1,0 +1,1 @@
+"""Slots: which tokens are kept, and the stage that fills them."""
