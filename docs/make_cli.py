@@ -41,6 +41,11 @@ EXAMPLES = {
         "kava fuse workflows/two-teachers.yaml -s fuse.materialize=false",
     ],
     "train": ["kava train workflows/demo.yaml -s train.name=plain -s train.alpha=0"],
+    "compare": [
+        "kava compare workflows/gsm8k-compare.yaml",
+        "kava compare workflows/gsm8k-compare.yaml --arm kv --seed 1",
+        "kava compare workflows/gsm8k-compare.yaml --no-train --json",
+    ],
     "status": ["kava status workflows/demo.yaml", "kava status workflows/demo.yaml --json"],
     "inspect": [
         "kava inspect runs/demo/targets/smollm2.zarr",
@@ -72,6 +77,11 @@ NOTES = {
     "fuse": "The targets must be complete. With `fuse.materialize: false` no store is written: they are read through\n"
     "once, for their statistics, and training fuses while it reads.",
     "train": "Goes on at its last checkpoint where `train.save_steps` is set. The targets must be complete.",
+    "compare": "Each arm and seed is a training in a folder of its own below `run_dir/compare`: what is finished is\n"
+    "kept, what was cut off goes on, and a training whose recipe or targets changed is refused without `--force`,\n"
+    "which makes the chosen ones again. `--arm` and `--seed` make one call one job of an array; a last `--no-train`\n"
+    "compares them all. The targets must be complete. [The recipe](../recipe.md#compare) has the arms, and what is\n"
+    "computed.",
     "inspect": "Finds the run's recipe beside the store to show tokens and text.",
     "verify": "Names part, array, chunk and sample. Exit code 1 if anything is damaged.",
     "repair": "Verifies every store of the recipe that is there. Damaged parts are set aside and made again:\n"

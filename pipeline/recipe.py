@@ -30,6 +30,7 @@ from ..extract.generate import GenerateSettings
 from ..extract.vllm.settings import EngineSettings
 from ..store import CODECS, LOSSY, KVGeometry
 from ..store.files import write_atomic
+from ..train.arms import CompareSettings
 from ..train.settings import ByteLevelBPE, StudentSettings, TrainSettings
 from .fuse.rules import RULES, Weighting
 from .maps.heads import HEAD_MAPS, RIDGE
@@ -227,6 +228,8 @@ class Recipe(_Section):
     fuse: FuseSettings | None = None
     """The targets of several teachers as one."""
     train: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}))
+    compare: CompareSettings | None = None
+    """Arms and seeds of kava compare."""
 
     @field_validator("teachers")
     @classmethod
@@ -299,6 +302,12 @@ class Recipe(_Section):
         named = self.train.teacher
         if self.fuse is not None and (named == self.fuse.name or (named is None and len(self.teachers) > 1)):
             raise ValueError("train.logits: fused targets have none; name one teacher in train.teacher")
+        return self
+
+    @model_validator(mode="after")
+    def _arms_can_be_trained(self) -> Self:
+        if self.compare is not None:
+            self.compare.resolve(self.train)
         return self
 
     @property
