@@ -21,6 +21,12 @@ class Status:
 
     state: State
     detail: str = ""
+    """For people: how far it is, or why it is stale."""
+    parts_done: int | None = None
+    parts_total: int | None = None
+    parts_outdated: int | None = None
+    """Of those that are done, how many are to be made again."""
+    failed_samples: int | None = None
 
 
 @dataclass

@@ -14,13 +14,14 @@ from ..errors import KavaError, StageError, StoreNotFoundError
 from ..extract import Corpus, Encoder, Teacher, capture_store
 from ..progress import progress
 from ..store import KVStore, Manifest, digest_json, locked
+from ..store.files import link
 from .cluster.share import format_parts
 from .direct import capture_targets
 from .maps.project import fit_projector
 from .maps.projector import Projector
 from .parallel import run_parts
 from .run import Run
-from .stage import Stage, Status
+from .stage import Stage, State, Status
 from .teachers import open_teacher
 from .transform import Transform, Unclaimed, calibration_pairs, student_encoder
 
@@ -54,12 +55,16 @@ class StoreStage(Stage):
         parts = self.wanted(wanted)
         missing, total = set(parts) & set(store.missing_parts()), len(parts)
         outdated = self.outdated(store)
+        state: State
         if missing or outdated:
             rewritten = f", {len(outdated)} to be made again" if outdated else ""
-            return Status("partial", f"{total - len(missing)} of {total} parts{rewritten}")
+            state, detail = "partial", f"{total - len(missing)} of {total} parts{rewritten}"
+        else:
+            kept = f" kept of {wanted.num_parts}" if total < wanted.num_parts else ""
+            state, detail = "complete", f"{total} parts{kept}"
         failed = len(store.failed)
-        kept = f" kept of {wanted.num_parts}" if total < wanted.num_parts else ""
-        return Status("complete", f"{total} parts{kept}" + (f", {failed} failed samples" if failed else ""))
+        detail += f", {failed} failed samples" if failed else ""
+        return Status(state, detail, total - len(missing), total, len(outdated), failed)
 
     def wanted(self, manifest: Manifest) -> list[int]:
         """The parts that this stage makes."""
@@ -143,9 +148,33 @@ class ExtractStage(StoreStage):
             return self.run.calibration_parts
         return super().wanted(manifest)
 
+    def inspect(self) -> Status:
+        """A capture that other runs share is in its place when there is a link to it."""
+        found, shared = super().inspect(), self.run.shared_path(self._teacher)
+        if found.state == "missing" and shared is not None and (shared / "zarr.json").exists():
+            return Status("partial", f"another run has begun {shared}, there is no link to it yet")
+        return found
+
+    def discard(self) -> None:
+        """Removes the capture, or the link to one that other runs share.
+
+        Raises:
+            StageError: if it is the shared one that the recipe asks for.
+        """
+        if self.output.is_symlink() and self.output.resolve() == self.run.shared_path(self._teacher):
+            raise StageError(
+                f"{self.label}: {self.output.resolve()} is shared with other runs and is what this recipe asks for; name "
+                "the parts to capture again (--force --parts 0-7), or remove it"
+            )
+        super().discard()
+
     def make(self, scheduler: str | None) -> str:
         """Runs the teacher over the parts that are missing."""
         self.run.refuse_misfits(self._teacher)
+        shared = self.run.shared_path(self._teacher)
+        if shared is not None and not self.output.is_dir():
+            KVStore.create(shared, self.manifest())  # Before the link: one that leads nowhere is no store.
+            link(self.output, shared)
         store = KVStore.create(self.output, self.manifest())
         if self.missing(store):
             with open_teacher(self.run, self._teacher) as teacher:

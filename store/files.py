@@ -113,6 +113,15 @@ def write_atomic(path: Path, data: bytes) -> None:
         fsync(path.parent)
 
 
+def link(path: Path, target: Path) -> None:
+    """Makes `path` a symbolic link to `target`, in the place of another link."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+        temporary.symlink_to(target)
+        temporary.replace(path)
+
+
 def file_table(folder: Path) -> dict[str, tuple[int, int]]:
     """Size and CRC-32C of every file below `folder`, but for its own `zarr.json`."""
     table = {}
