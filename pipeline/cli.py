@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import EXIT_FAULT, EXIT_RETRY, KavaError, RecipeError
+from ..errors import EXIT_FAULT, EXIT_RETRY, KavaError, RecipeError, StageError
 from .cli_status import status
 from .cli_store import (
     OnlyTeacher,
@@ -233,7 +233,7 @@ def fuse(
 
 @app.command()
 def train(recipe: RecipePath, overrides: Overrides = None, force: Force = False) -> None:
-    """Train the student on cached targets; no teacher is loaded."""
+    """Train the student on cached targets; no teacher is loaded. Under torchrun on several devices."""
     _run(load(recipe, overrides), ["train"], frozenset({"train"} if force else ()), None)
 
 
@@ -305,7 +305,10 @@ def _fail(message: str, code: int, error: BaseException) -> None:
         import traceback
 
         traceback.print_exception(error)
-    err.print(f"kava: {message}", style="red", markup=False)
+    rank = os.environ.get("RANK", "0")
+    # Of several processes that train together the first tells what all have agreed on, and each what is its own.
+    if rank == "0" or not getattr(error, "agreed", False):
+        err.print(f"kava: {message}" if rank == "0" else f"kava: rank {rank}: {message}", style="red", markup=False)
     sys.exit(code)
 
 
@@ -341,9 +344,26 @@ def _run(
 
 
 def _make(stages: Any, force: frozenset[str], scheduler: str | None, share: Share = ALL) -> None:
+    from ..train.ranks import Ranks
     from .make import run_stages
 
-    run_stages(stages, force=force, scheduler=scheduler, share=share, say=say)
+    ranks = Ranks()
+    if share.world_size == 1:
+        _one_process({stage.name for stage in stages} - {"train"})
+        ranks = Ranks.join(use_cpu=any(stage.run.recipe.train.arguments.get("use_cpu") for stage in stages))
+    run_stages(stages, force=force, scheduler=scheduler, share=share, say=say, ranks=ranks)
+    ranks.leave()
+
+
+def _one_process(stages: set[str]) -> None:
+    """Several processes train one student; what else they would do, each would do on its own, in the others' way."""
+    from ..train.ranks import num_processes
+
+    if stages and num_processes() > 1:
+        raise StageError(
+            f"torchrun is for kava train: {', '.join(sorted(stages))} would run {num_processes()} times; run it alone "
+            "first, or split it by --rank auto"
+        )
 
 
 def _teachers(loaded: Any, only: str | None) -> list[str]:
@@ -374,7 +394,8 @@ def _report(loaded: Any, teacher: str | None, scheduler: str | None) -> None:
 
 def _drop_failed(loaded: Any, teacher: str | None, share: Share) -> None:
     from ..store import KVStore
-    from .store_stages import ExtractStage, ProjectStage, StoreStage
+    from .capture_stages import ExtractStage
+    from .store_stages import ProjectStage, StoreStage
 
     for name in _teachers(loaded, teacher):
         stages: list[StoreStage] = [ExtractStage(loaded, name, share)]

@@ -9,14 +9,17 @@ process after the other is as good as all at once, and none waits for one that w
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 
 from ..errors import DamagedStoreError, KavaError, StageError
 from ..store import KVStore, locked
+from ..train.ranks import Ranks
 from .cluster.share import ALL, Share, format_parts
 from .generate_stage import GenerateStage
 from .stage import Stage
+from .stages import TrainStage
 from .store_stages import StoreStage
 
 Say = Callable[[str, str], None]
@@ -29,6 +32,7 @@ def run_stages(
     scheduler: str | None = None,
     share: Share = ALL,
     say: Say = lambda label, line: None,
+    ranks: Ranks | None = None,
 ) -> None:
     """Makes what is missing of each stage, in order.
 
@@ -38,6 +42,7 @@ def run_stages(
         scheduler: see `run_parts`.
         share: what this process makes of the stages that are split.
         say: called with a stage's label and what became of it.
+        ranks: the processes that train together, of which the first decides and speaks; None for this one alone.
 
     Raises:
         StageError: if a stage's inputs are missing, or a costly output is stale and not forced.
@@ -49,6 +54,9 @@ def run_stages(
             stage.share = share
         elif stage.splits:  # Its parts are other ones.
             stage.share = replace(share, parts=None)
+        if isinstance(stage, TrainStage):
+            _train(stage, stage.name in force, ranks or Ranks(), say)
+            continue
         if not share.is_all:
             _supply(stage, stages[:number], scheduler, say)
         _run_stage(stage, stage.name in force, scheduler, say)
@@ -61,12 +69,19 @@ def _run_stage(stage: Stage, force: bool, scheduler: str | None, say: Say) -> No
     if not force and status.state == "complete":
         say(stage.label, f"up to date ({status.detail})")
         return
-    with _lock(stage, say) if stage.splits or stage.one_at_a_time else nullcontext():
+    with _lock(stage, say):
         done = _clear(stage, force, say)
-        if not done and stage.one_at_a_time:
-            say(stage.label, stage.make(scheduler))
-            return
+        if not done and not stage.splits:
+            done = stage.make(scheduler)
     say(stage.label, done or stage.make(scheduler))
+
+
+def _train(stage: TrainStage, force: bool, ranks: Ranks, say: Say) -> None:
+    stage.ranks = ranks
+    done = ranks.first(partial(_clear, stage, force, say))
+    line = done or stage.make(None)
+    if ranks.is_first:
+        say(stage.label, line)
 
 
 def _clear(stage: Stage, force: bool, say: Say) -> str:

@@ -46,11 +46,6 @@ class Stage(ABC):
         return False
 
     @property
-    def one_at_a_time(self) -> bool:
-        """Whether a process waits for another that is making it. A training is made by several that talk."""
-        return not self.splits
-
-    @property
     def costly(self) -> bool:
         """Whether its output is not replaced without `--force`."""
         return False

@@ -10,6 +10,8 @@ cheap stages are then made again, costly ones (a capture, a training) only with 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,15 @@ from ..hub import load_tokenizer
 from ..progress import progress
 from ..store import Split
 from ..store.files import write_atomic
+from ..train.ranks import Ranks
+from .capture_stages import ExtractStage, ReferenceStage
 from .fuse.stage import fuse_stage
 from .generate_stage import GenerateStage
 from .places import RECORD, read_record
 from .run import Run
 from .select.stage import SelectStage
 from .stage import Stage, Status
-from .store_stages import ExtractStage, ProjectStage, ReferenceStage, ResampleStage
+from .store_stages import ProjectStage, ResampleStage
 
 
 class StudentStage(Stage):
@@ -56,11 +60,8 @@ class TrainStage(Stage):
     """A trained student."""
 
     name = "train"
-
-    @property
-    def one_at_a_time(self) -> bool:
-        """No."""
-        return False
+    ranks = Ranks()
+    """The processes that train together."""
 
     @property
     def costly(self) -> bool:
@@ -92,20 +93,25 @@ class TrainStage(Stage):
         store = run.open_target(run.train_teacher)
         record: dict[str, Any] = {"key": run.trained_key(), "targets": store.manifest.fingerprint}
         settings = run.recipe.train
-        with progress(f"{self.label} {settings.name}", settings.max_steps, "steps") as advance:
-            # The record without metrics marks a training that was begun; the next call goes on with it.
-            write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
-            run.recipe.save(self.output / "recipe.yaml")
+        advance: Callable[[int], None] | None = None
+        with ExitStack() as stack:
+            if self.ranks.is_first:
+                advance = stack.enter_context(progress(f"{self.label} {settings.name}", settings.max_steps, "steps"))
+                # The record without metrics marks a training that was begun; the next call goes on with it.
+                write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
+                run.recipe.save(self.output / "recipe.yaml")
             result = train_student(
                 run.student_dir,
                 store,
                 self.output,
                 settings,
                 corpus_digest=run.corpus.digest,
-                on_step=lambda step, total: advance(1),
+                on_step=lambda step, total: advance(1) if advance else None,
+                ranks=self.ranks,
             )
         record |= {"name": settings.name, "alpha": result.alpha, "steps": result.steps, "metrics": result.metrics}
-        write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
+        if self.ranks.is_first:
+            write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
         return result_line(record)
 
 

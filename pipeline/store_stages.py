@@ -14,7 +14,6 @@ from ..errors import KavaError, StageError, StoreNotFoundError
 from ..extract import Corpus, Encoder, Teacher, capture_store
 from ..progress import progress
 from ..store import KVStore, Manifest, digest_json, locked
-from ..store.files import link
 from .cluster.share import format_parts
 from .direct import capture_targets
 from .maps.project import fit_projector
@@ -23,7 +22,7 @@ from .parallel import run_parts
 from .run import Run
 from .stage import Stage, State, Status
 from .teachers import open_teacher
-from .transform import Transform, Unclaimed, calibration_pairs, student_encoder
+from .transform import Transform, Unclaimed, calibration_pairs
 
 
 @dataclass
@@ -123,96 +122,6 @@ class StoreStage(Stage):
         return ""
 
 
-class ExtractStage(StoreStage):
-    """The capture of one teacher."""
-
-    name = "extract"
-
-    @property
-    def costly(self) -> bool:
-        """Yes."""
-        return True
-
-    @property
-    def output(self) -> Path:
-        """The teacher store."""
-        return self.run.teacher_path(self._teacher)
-
-    def manifest(self) -> Manifest:
-        """From the recipe."""
-        return self.run.teacher_manifest(self._teacher)
-
-    def wanted(self, manifest: Manifest) -> list[int]:
-        """All parts, or with `extract.keep: target` those of the calibration."""
-        if self.run.recipe.extract.keep == "target":
-            return self.run.calibration_parts
-        return super().wanted(manifest)
-
-    def inspect(self) -> Status:
-        """A capture that other runs share is in its place when there is a link to it."""
-        found, shared = super().inspect(), self.run.shared_path(self._teacher)
-        if found.state == "missing" and shared is not None and (shared / "zarr.json").exists():
-            return Status("partial", f"another run has begun {shared}, there is no link to it yet")
-        return found
-
-    def discard(self) -> None:
-        """Removes the capture, or the link to one that other runs share.
-
-        Raises:
-            StageError: if it is the shared one that the recipe asks for.
-        """
-        if self.output.is_symlink() and self.output.resolve() == self.run.shared_path(self._teacher):
-            raise StageError(
-                f"{self.label}: {self.output.resolve()} is shared with other runs and is what this recipe asks for; name "
-                "the parts to capture again (--force --parts 0-7), or remove it"
-            )
-        super().discard()
-
-    def make(self, scheduler: str | None) -> str:
-        """Runs the teacher over the parts that are missing."""
-        self.run.refuse_misfits(self._teacher)
-        shared = self.run.shared_path(self._teacher)
-        if shared is not None and not self.output.is_dir():
-            KVStore.create(shared, self.manifest())  # Before the link: one that leads nowhere is no store.
-            link(self.output, shared)
-        store = KVStore.create(self.output, self.manifest())
-        if self.missing(store):
-            with open_teacher(self.run, self._teacher) as teacher:
-                _capture(self, store, self.run.corpus, self.run.teacher_encoder(self._teacher), teacher)
-        return _describe(self, store)
-
-
-class ReferenceStage(StoreStage):
-    """The student's own keys and values before training, captured like a teacher's."""
-
-    name = "reference"
-
-    @property
-    def splits(self) -> bool:
-        """No: it is small, and what maps are fitted to must be whole."""
-        return False
-
-    @property
-    def output(self) -> Path:
-        """The reference store."""
-        return self.run.reference_path
-
-    def manifest(self) -> Manifest:
-        """From the recipe and the student."""
-        return self.run.reference_manifest
-
-    def make(self, scheduler: str | None) -> str:
-        """Runs the untrained student over the calibration samples."""
-        from ..extract.hf import HFTeacher
-
-        store = KVStore.create(self.output, self.manifest())
-        student = HFTeacher.load(
-            self.run.student_source, dtype="float32", batch_tokens=self.run.recipe.extract.batch_tokens
-        )
-        _capture(self, store, self.run.calibration, _student_encoder(self.run), student)
-        return _describe(self, store)
-
-
 class TransformStage(StoreStage):
     """A store made from a teacher's, part by part."""
 
@@ -227,7 +136,7 @@ class TransformStage(StoreStage):
         with progress(self.label, len(ready), "parts") as advance:
             work = Unclaimed(transform, str(store.path.resolve()), store.manifest.fingerprint)
             run_parts(work, ready, scheduler=scheduler, on_part=lambda part: advance(1))
-        return _describe(self, store)
+        return describe(self, store)
 
     def inputs(self) -> dict[Path, list[int]]:
         """The parent's parts."""
@@ -336,8 +245,8 @@ class ProjectStage(TransformStage):
             raise StageError(f"{parent.path} was captured from another teacher or corpus than the recipe's now")
         transform = self.prepare(parent)
         with open_teacher(run, self._teacher) as teacher:
-            _capture(self, store, run.corpus, run.teacher_encoder(self._teacher), teacher, transform=transform)
-        return _describe(self, store)
+            capture(self, store, run.corpus, run.teacher_encoder(self._teacher), teacher, transform=transform)
+        return describe(self, store)
 
     def prepare(self, parent: KVStore) -> Transform:
         """With the projector, which is saved if it is a new one."""
@@ -407,7 +316,7 @@ class ProjectStage(TransformStage):
         return True
 
 
-def _capture(
+def capture(
     stage: StoreStage,
     store: KVStore,
     corpus: Corpus,
@@ -416,6 +325,11 @@ def _capture(
     *,
     transform: Transform | None = None,
 ) -> None:
+    """Runs a teacher over this process's missing parts, and writes what it gives, or targets made of that.
+
+    Raises:
+        KavaError: if the loaded model is not what its config promised.
+    """
     if transform is None and teacher.geometry != store.geometry:
         raise KavaError(f"{stage.label}: the loaded model has {teacher.geometry}, its config promised {store.geometry}")
     parts, settings = stage.missing(store), stage.run.recipe.extract
@@ -427,10 +341,6 @@ def _capture(
             capture_store(store, corpus, encoder, teacher, settings, parts=parts, on_text=advance)
         else:
             capture_targets(transform, store, corpus, encoder, teacher, settings, parts=parts, on_text=advance)
-
-
-def _student_encoder(run: Run) -> Encoder:
-    return student_encoder(str(run.student_dir.resolve()), run.recipe.student.chat_template)
 
 
 def _transform(run: Run, parent: KVStore, out: Path, fingerprint: str, resampler: str | None) -> Transform:
@@ -447,7 +357,8 @@ def _transform(run: Run, parent: KVStore, out: Path, fingerprint: str, resampler
     )
 
 
-def _describe(stage: StoreStage, store: KVStore) -> str:
+def describe(stage: StoreStage, store: KVStore) -> str:
+    """What there is of a stage's store by now, for people."""
     failed, missing = len(store.failed), set(stage.wanted(store.manifest)) & set(store.missing_parts())
     size = store.size_on_disk() / 1e6
     note = f", {failed} failed samples" if failed else ""

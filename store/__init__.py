@@ -7,7 +7,7 @@ See `docs/store-format.md`.
 
 from .codec import CODECS, Codec
 from .dtypes import DTYPES, DType
-from .extras import ExtraArray
+from .extras import LOGITS, ExtraArray
 from .fingerprint import cache_folder, digest_file, digest_json
 from .geometry import KVGeometry
 from .lock import Lock, claimed, locked
@@ -24,6 +24,7 @@ __all__ = [
     "CODECS",
     "DTYPES",
     "FORMAT_VERSION",
+    "LOGITS",
     "LOSSY",
     "SEGMENTS",
     "SPLITS",
