@@ -31,7 +31,7 @@ from .cli_store import (
 )
 from .cluster.options import OnlyFailed, Parts, Rank, WorldSize, share_of
 from .cluster.share import ALL, Share
-from .cluster.signals import stopping_on_signals
+from .cluster.signals import Stopped, stopping_on_signals
 from .commands.choose import check_stage, choose_stages
 
 app = typer.Typer(
@@ -288,8 +288,8 @@ def main() -> None:
             app()
     except KavaError as error:
         _fail(str(error), error.exit_code, error)
-    except KeyboardInterrupt as error:
-        _fail(str(error) or "interrupted; finished parts are kept, the same command goes on", EXIT_RETRY, error)
+    except Stopped as error:
+        _fail(str(error), EXIT_RETRY, error)
     except OSError as error:
         from ..store.files import disk_errors
 
