@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 a fault (damage, or a bug), 2 the user's input, 75 try the
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -13,12 +12,27 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from ..errors import EXIT_FAULT, EXIT_RETRY, KavaError, RecipeError, StageError
-from .cli_store import Overrides, RecipePath, Scheduler, err, out, repair, transcode, verify
+from .cli_results import compare
+from .cli_status import status
+from .cli_store import (
+    OnlyTeacher,
+    Overrides,
+    RecipePath,
+    Scheduler,
+    err,
+    load,
+    out,
+    print_table,
+    repair,
+    say,
+    transcode,
+    verify,
+)
+from .cluster.options import OnlyFailed, Parts, Rank, WorldSize, share_of
+from .cluster.share import ALL, Share
+from .cluster.signals import Stopped, stopping_on_signals
 from .commands.choose import check_stage, choose_stages
 
 app = typer.Typer(
@@ -30,7 +44,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 Force = Annotated[bool, typer.Option("--force", help="Throw the output away and make it again.")]
-OnlyTeacher = Annotated[str | None, typer.Option("--teacher", help="Only this teacher of the recipe.")]
 
 
 @app.command()
@@ -62,10 +75,15 @@ def run(
         list[str] | None, typer.Option("--force", metavar="STAGE", help="Make this stage again. Repeatable.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    teacher: OnlyTeacher = None,
     scheduler: Scheduler = None,
+    rank: Rank = None,
+    world_size: WorldSize = None,
+    parts: Parts = None,
+    only_failed: OnlyFailed = False,
 ) -> None:
     """Run what is missing or stale: generate, student, extract, reference, resample, project, select, fuse, train."""
-    loaded = _load(recipe, overrides)
+    loaded = load(recipe, overrides)
     chosen = choose_stages(first, until, only)
     for name in force or []:
         check_stage(name, "--force")
@@ -76,8 +94,13 @@ def run(
 
         print_plan(loaded, chosen, out)
         return
+    share = share_of(rank, world_size, parts)
+    if not share.is_all and chosen[-1] == "train":
+        raise RecipeError(
+            f"training is not split by parts ({share}); add --until fuse, and run kava train once after it"
+        )
     loaded.recipe.save(loaded.root / "recipe.yaml")
-    _run(loaded, chosen, frozenset(force or []), scheduler)
+    _run(loaded, chosen, frozenset(force or []), scheduler, teacher, share, only_failed)
 
 
 @app.command()
@@ -98,9 +121,13 @@ def extract(
             help="Store nothing; compare N samples with Hugging Face in float32, layer by layer.",
         ),
     ] = None,
+    rank: Rank = None,
+    world_size: WorldSize = None,
+    parts: Parts = None,
+    only_failed: OnlyFailed = False,
 ) -> None:
     """Capture the teachers' keys and values into stores."""
-    loaded = _load(recipe, overrides)
+    loaded = load(recipe, overrides)
     if check_parity:
         from .commands.parity import measure_parity, print_parity
 
@@ -110,9 +137,10 @@ def extract(
         if not all(parity.holds for parity in found):
             raise typer.Exit(EXIT_FAULT)
         return
+    share = share_of(rank, world_size, parts)
     if retry_failed:
-        _drop_failed(loaded, teacher)
-    _run(loaded, ["generate", "extract"], frozenset({"extract"} if force else ()), None, teacher)
+        _drop_failed(loaded, teacher, share)
+    _run(loaded, ["generate", "extract"], frozenset({"extract"} if force else ()), None, teacher, share, only_failed)
 
 
 @app.command()
@@ -122,10 +150,16 @@ def resample(
     teacher: OnlyTeacher = None,
     force: Force = False,
     scheduler: Scheduler = None,
+    rank: Rank = None,
+    world_size: WorldSize = None,
+    parts: Parts = None,
+    only_failed: OnlyFailed = False,
 ) -> None:
     """Write the teachers' captures on the student's tokens, still in the teachers' geometry."""
-    loaded = _load(recipe, [*(overrides or []), "resample.materialize=true"])
-    _run(loaded, ["student", "resample"], frozenset({"resample"} if force else ()), scheduler, teacher)
+    loaded = load(recipe, [*(overrides or []), "resample.materialize=true"])
+    share = share_of(rank, world_size, parts)
+    forced = frozenset({"resample"} if force else ())
+    _run(loaded, ["student", "resample"], forced, scheduler, teacher, share, only_failed)
 
 
 @app.command()
@@ -138,18 +172,24 @@ def project(
     report: Annotated[
         bool, typer.Option("--report", help="Write no targets; fit the projector, measure it and draw it.")
     ] = False,
+    rank: Rank = None,
+    world_size: WorldSize = None,
+    parts: Parts = None,
+    only_failed: OnlyFailed = False,
 ) -> None:
     """Make the student's targets: resample time and project layers, heads and width."""
-    loaded = _load(recipe, overrides)
+    loaded = load(recipe, overrides)
+    share = share_of(rank, world_size, parts)
     if report:
-        if force:
+        if force or only_failed or not share.is_all:
             raise RecipeError(
-                "--force goes without --report, which makes no targets; a stale projector is fitted again"
+                "--report makes no targets, so it goes without --force, --only-failed, --rank and --parts; a stale "
+                "projector is fitted again"
             )
         _report(loaded, teacher, scheduler)
         return
     stages = ["student", "reference", *(["resample"] if loaded.recipe.resample.materialize else []), "project"]
-    _run(loaded, stages, frozenset({"project"} if force else ()), scheduler, teacher)
+    _run(loaded, stages, frozenset({"project"} if force else ()), scheduler, teacher, share, only_failed)
 
 
 @app.command()
@@ -159,61 +199,46 @@ def select(
     teacher: OnlyTeacher = None,
     force: Force = False,
     scheduler: Scheduler = None,
+    rank: Rank = None,
+    world_size: WorldSize = None,
+    parts: Parts = None,
+    only_failed: OnlyFailed = False,
 ) -> None:
     """Fill slots: the tokens of each sample that matter most, for each layer and KV head its own."""
-    loaded = _load(recipe, overrides)
+    loaded = load(recipe, overrides)
     if loaded.recipe.select is None:
         raise RecipeError(f"{recipe} has no select section; add one, or say -s select.tokens=24")
     before = ["student", "reference", "resample", "project"] if loaded.recipe.select.geometry == "student" else []
-    _run(loaded, [*before, "select"], frozenset({"select"} if force else ()), scheduler, teacher)
+    share = share_of(rank, world_size, parts)
+    _run(loaded, [*before, "select"], frozenset({"select"} if force else ()), scheduler, teacher, share, only_failed)
 
 
 @app.command()
-def fuse(recipe: RecipePath, overrides: Overrides = None, force: Force = False, scheduler: Scheduler = None) -> None:
+def fuse(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    force: Force = False,
+    scheduler: Scheduler = None,
+    rank: Rank = None,
+    world_size: WorldSize = None,
+    parts: Parts = None,
+    only_failed: OnlyFailed = False,
+) -> None:
     """Fuse the targets of several teachers into those that the student is trained on."""
-    loaded = _load(recipe, overrides)
+    loaded = load(recipe, overrides)
     if loaded.recipe.fuse is None:
         raise RecipeError(f"{recipe} has no fuse section; add one, or say -s fuse.weights=fixed")
-    _run(loaded, ["fuse"], frozenset({"fuse"} if force else ()), scheduler)
+    share = share_of(rank, world_size, parts)
+    _run(loaded, ["fuse"], frozenset({"fuse"} if force else ()), scheduler, None, share, only_failed)
 
 
 @app.command()
 def train(recipe: RecipePath, overrides: Overrides = None, force: Force = False) -> None:
     """Train the student on cached targets; no teacher is loaded. Under torchrun on several devices."""
-    _run(_load(recipe, overrides), ["train"], frozenset({"train"} if force else ()), None)
+    _run(load(recipe, overrides), ["train"], frozenset({"train"} if force else ()), None)
 
 
-@app.command()
-def status(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-) -> None:
-    """Show what is complete, partial, missing or stale, and how the trained students did."""
-    from .stages import result_line, stages_of, trained_students
-
-    loaded = _load(recipe, overrides)
-    rows = []
-    for stage in stages_of(loaded):
-        found = stage.status()
-        rows.append({"stage": stage.label, "state": found.state, "detail": found.detail, "output": str(stage.output)})
-    students = trained_students(loaded)
-    if as_json:
-        out.print_json(json.dumps({"stages": rows, "students": students}))
-        return
-    colours = {"complete": "green", "partial": "yellow", "stale": "yellow", "missing": "dim", "blocked": "dim"}
-    colours["damaged"] = "red"
-    table = Table("stage", "state", "detail", "output", box=None, pad_edge=False)
-    for row in rows:
-        colour = colours[row["state"]]
-        table.add_row(row["stage"], f"[{colour}]{row['state']}[/]", escape(row["detail"]), escape(row["output"]))
-    _print_table(table)
-    if students:
-        out.print()
-        table = Table("student", "alpha", "result", "folder", box=None, pad_edge=False)
-        for record in students:
-            table.add_row(record["name"], f"{record['alpha']:g}", result_line(record), escape(record["path"]))
-        _print_table(table)
+app.command()(compare)
 
 
 @app.command()
@@ -234,6 +259,7 @@ def inspect(
     inspect_store(store, out, sample=sample, align=align, recipe=recipe, as_json=as_json)
 
 
+app.command()(status)
 app.command()(verify)
 app.command()(repair)
 
@@ -262,11 +288,12 @@ def _main(
 def main() -> None:
     """The console script: runs the command and turns errors into one line and an exit code."""
     try:
-        app()
+        with stopping_on_signals():
+            app()
     except KavaError as error:
         _fail(str(error), error.exit_code, error)
-    except KeyboardInterrupt as error:
-        _fail("interrupted; finished parts are kept, the same command goes on", EXIT_RETRY, error)
+    except Stopped as error:
+        _fail(str(error), EXIT_RETRY, error)
     except OSError as error:
         from ..store.files import disk_errors
 
@@ -291,15 +318,14 @@ def _tell(message: str, error: BaseException) -> None:
     err.print(f"kava: {message}" if rank == "0" else f"kava: rank {rank}: {message}", style="red", markup=False)
 
 
-def _load(path: Path, overrides: list[str] | None) -> Any:
-    from .recipe import load_recipe
-    from .run import Run
-
-    return Run(load_recipe(path, overrides or ()))
-
-
 def _run(
-    loaded: Any, names: list[str], force: frozenset[str], scheduler: str | None, teacher: str | None = None
+    loaded: Any,
+    names: list[str],
+    force: frozenset[str],
+    scheduler: str | None,
+    teacher: str | None = None,
+    share: Share = ALL,
+    only_failed: bool = False,
 ) -> None:
     from .stages import stages_of
 
@@ -308,20 +334,31 @@ def _run(
     stages = [s for s in stages_of(loaded) if s.name in names and (teacher is None or s.teacher in (None, teacher))]
     if not stages:
         raise RecipeError(f"this recipe asks for no stage {', '.join(names)}; docs/recipe.md says which section does")
-    _make(stages, force, scheduler)
+    if share.parts is not None and not any(s.splits and s.name != "generate" for s in stages):
+        raise RecipeError(f"--parts: {', '.join(names)} has no parts of a store; split generate by --rank")
+    if only_failed:
+        if force:
+            raise RecipeError("--only-failed goes without --force, which makes everything again")
+        from .repair import repair_stage
+        from .store_stages import StoreStage
+
+        for stage in stages:
+            if isinstance(stage, StoreStage):
+                repair_stage(stage, failed=True, scheduler=scheduler, say=say, share=share)
+        return
+    _make(stages, force, scheduler, share)
 
 
-def _make(stages: Any, force: frozenset[str], scheduler: str | None) -> None:
+def _make(stages: Any, force: frozenset[str], scheduler: str | None, share: Share = ALL) -> None:
     from ..train.ranks import Ranks
-    from .stages import run_stages
+    from .make import run_stages
 
-    def say(label: str, line: str) -> None:
-        out.print(f"{label + ':':<18} {line}", markup=False)
-
-    _one_process({stage.name for stage in stages} - {"train"})
-    ranks = Ranks.join(use_cpu=any(stage.run.recipe.train.arguments.get("use_cpu") for stage in stages))
+    trains = any(stage.name == "train" for stage in stages)
+    _one_process({stage.name for stage in stages} - {"train"}, share)
+    use_cpu = any(stage.run.recipe.train.arguments.get("use_cpu") for stage in stages)
+    ranks = Ranks.join(use_cpu=use_cpu) if trains and share.world_size == 1 else Ranks()
     try:
-        run_stages(stages, force=force, scheduler=scheduler, say=say, ranks=ranks)
+        run_stages(stages, force=force, scheduler=scheduler, share=share, say=say, ranks=ranks)
     except KavaError as error:
         if not error.agreed:
             raise
@@ -333,14 +370,14 @@ def _make(stages: Any, force: frozenset[str], scheduler: str | None) -> None:
     ranks.leave()
 
 
-def _one_process(stages: set[str]) -> None:
+def _one_process(stages: set[str], share: Share) -> None:
     """Several processes train one student; what else they would do, each would do on its own, in the others' way."""
     from ..train.ranks import num_processes
 
-    if stages and num_processes() > 1:
+    if stages and num_processes() > 1 and share.is_all:
         raise StageError(
             f"torchrun is for kava train: {', '.join(sorted(stages))} would run {num_processes()} times; run it alone "
-            "first"
+            "first, or split it with --rank auto"
         )
 
 
@@ -366,27 +403,25 @@ def _report(loaded: Any, teacher: str | None, scheduler: str | None) -> None:
             out.print("not saved: the targets that are there were made with another projector, and so are its files")
         if problem := found.attention.get("problem"):
             out.print(f"attention is not measured: {problem}", markup=False)
-        _print_table(report_table(found))
+        print_table(report_table(found))
         out.print(f"{numbers}\n{picture}", markup=False)
 
 
-def _drop_failed(loaded: Any, teacher: str | None) -> None:
+def _drop_failed(loaded: Any, teacher: str | None, share: Share) -> None:
     from ..store import KVStore
+    from .capture_stages import ExtractStage
+    from .store_stages import ProjectStage, StoreStage
 
     for name in _teachers(loaded, teacher):
-        paths = [loaded.teacher_path(name)]
+        stages: list[StoreStage] = [ExtractStage(loaded, name, share)]
         if loaded.recipe.extract.keep == "target" and loaded.target_path(name).exists():
-            paths.append(loaded.target_path(name))  # Of most parts there is no capture; kava project asks the teacher.
-        for store in map(KVStore.open, paths):
-            for part in store.committed_parts():
+            # Of most parts there is no capture; kava project asks the teacher.
+            stages.append(ProjectStage(loaded, name, share))
+        for stage in stages:
+            store = KVStore.open(stage.output)
+            for part in set(stage.mine(store.manifest)) & set(store.committed_parts()):
                 if store.part(part).failed:
                     store.drop_part(part)
-
-
-def _print_table(table: Table) -> None:
-    # A table is cut to the terminal's width; in a file or a pipe nothing is.
-    console = out if out.is_terminal else Console(width=400, highlight=False)
-    console.print(table)
 
 
 def _quiet_libraries() -> None:

@@ -30,7 +30,8 @@ from ..extract.generate import GenerateSettings
 from ..extract.vllm.settings import EngineSettings
 from ..store import CODECS, LOSSY, KVGeometry
 from ..store.files import write_atomic
-from ..train.settings import StudentSettings, TrainSettings
+from ..train.arms import CompareSettings
+from ..train.settings import ByteLevelBPE, StudentSettings, TrainSettings
 from .fuse.rules import RULES, Weighting
 from .maps.heads import HEAD_MAPS, RIDGE
 from .maps.resample import RESAMPLERS
@@ -75,6 +76,8 @@ class ExtractSettings(CaptureSettings):
     """Also capture how much the answer attends to each rationale token, per layer and KV head. Part of the content."""
     confidence: bool = False
     """Also capture each sample's loss and mean entropy under the teacher. Part of the content."""
+    logits: PositiveInt | None = None
+    """Also capture so many of the likeliest next tokens after each token, and how likely. Part of the content."""
     generate: GenerateSettings | None = None
     """Let a teacher write the rationales first."""
 
@@ -212,6 +215,8 @@ class Recipe(_Section):
 
     run_dir: str
     """Where everything is written."""
+    store_dir: str | None = None
+    """Where captures are kept, so that other recipes with the same teacher and corpus have them too."""
     corpus: CorpusSettings
     samples_per_part: PositiveInt | None = None
     """Samples in one part of every store; None for about 1 GiB at most."""
@@ -225,6 +230,8 @@ class Recipe(_Section):
     fuse: FuseSettings | None = None
     """The targets of several teachers as one."""
     train: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}))
+    compare: CompareSettings | None = None
+    """Arms and seeds of kava compare."""
 
     @field_validator("teachers")
     @classmethod
@@ -248,7 +255,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _fits_the_backend(self) -> Self:
-        for signal in ("importance", "confidence"):
+        for signal in ("importance", "confidence", "logits"):
             if self.extract.backend == "vllm" and getattr(self.extract, signal):
                 raise ValueError(f"extract.{signal} needs extract.backend: hf; under vLLM it is not captured")
         for name, teacher in self.teachers.items():
@@ -282,6 +289,27 @@ class Recipe(_Section):
             raise ValueError(f"fuse.fixed: give a number for each of {', '.join(self.fused_teachers)}, and no other")
         if RULES[self.fuse.weights].measure is not None and not self.extract.confidence:
             raise ValueError(f"fuse.weights: {self.fuse.weights} needs extract.confidence: true")
+        return self
+
+    @model_validator(mode="after")
+    def _captures_logits_that_are_trained_on(self) -> Self:
+        if self.train.logits is None:
+            return self
+        if self.extract.logits is None:
+            raise ValueError("train.logits needs extract.logits: how many next tokens are captured, for example 64")
+        if isinstance(self.student.tokenizer, ByteLevelBPE):
+            raise ValueError(
+                "train.logits needs the teacher's tokenizer; student.tokenizer is one trained on the corpus"
+            )
+        named = self.train.teacher
+        if self.fuse is not None and (named == self.fuse.name or (named is None and len(self.teachers) > 1)):
+            raise ValueError("train.logits: fused targets have none; name one teacher in train.teacher")
+        return self
+
+    @model_validator(mode="after")
+    def _arms_can_be_trained(self) -> Self:
+        if self.compare is not None:
+            self.compare.resolve(self.train)
         return self
 
     @property

@@ -6,29 +6,30 @@ to the same manifests.
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import AlignmentError, CorpusError, ModelNotFoundError, StageError
+from ..errors import AlignmentError, StageError
 from ..extract import Corpus, CorpusSettings, Encoder, load_corpus
 from ..extract.corpus import HeldoutSettings
 from ..extract.generate import GenerateSettings
 from ..extract.signals import signal_arrays
 from ..hub import (
     ModelSource,
-    chat_template_digest,
     config_geometry,
     find_model,
     load_tokenizer,
     model_geometry,
     model_identity,
-    tokenizer_digest,
+    token_digests,
     weights_digest,
 )
 from ..store import KVGeometry, KVStore, Manifest, ModelIdentity, Split, digest_json
 from ..store.dtypes import dtype_of
 from ..store.manifest import default_page_tokens
+from ..train.settings import TrainSettings
 from .fuse.view import FusedTargets
 from .maps.heads import HEAD_MAPS
 from .maps.layers import FITTED, LayerMap, layer_map
@@ -119,27 +120,6 @@ class Run(Places):
         project, train = self.recipe.project, self.corpus.split(Split.TRAIN)
         return draw_calibration(train, len(self.corpus), self._part_size, project.calibration_samples, project.seed)
 
-    def refuse_misfits(self, name: str) -> None:
-        """Finds out before a capture what would be found out after it, as far as the shapes tell.
-
-        Raises:
-            AlignmentError: if the projection that the recipe asks for cannot be made for this teacher and student.
-        """
-        if not self.corpus.split(Split.TRAIN):
-            raise CorpusError(f"corpus {self.recipe.corpus.path}: every sample is held out, none is left to train on")
-        try:
-            source, target = self.teacher_geometry(name), self.planned_student_geometry()
-        except ModelNotFoundError:  # The student may be on another machine.
-            return
-        project = self.recipe.project
-        layers = layer_map(project.layers, source.num_layers, target.num_layers)
-        alike = source.shape[1:] == target.shape[1:] and all(len(s) == 1 for s in layers or [[0]])
-        if project.heads == "identity" and not alike:
-            raise AlignmentError(
-                f"project.heads: identity needs equal heads and head_dim and one teacher layer for each, not {source} "
-                f"onto {target}; use procrustes, cca or pca"
-            )
-
     @property
     def _part_size(self) -> int:
         """Samples in a part, from a capture that is there: its teacher need not be on this machine."""
@@ -161,12 +141,16 @@ class Run(Places):
 
     @property
     def train_teacher(self) -> str:
-        """The teacher whose targets the student is trained on, or the name of the fused ones.
+        """The teacher whose targets the student is trained on, or the name of the fused ones; see `teacher_of`."""
+        return self.teacher_of(self.recipe.train)
+
+    def teacher_of(self, settings: TrainSettings) -> str:
+        """The teacher whose targets these settings name, or the name of the fused ones.
 
         Raises:
             StageError: if there are several and the recipe neither names nor fuses any.
         """
-        named, fuse = self.recipe.train.teacher, self.recipe.fuse
+        named, fuse = settings.teacher, self.recipe.fuse
         if named is None and len(self.recipe.teachers) > 1:
             if fuse is None:
                 raise StageError(f"train.teacher: name one of {', '.join(self.recipe.teachers)}, or add a fuse section")
@@ -265,7 +249,7 @@ class Run(Places):
     def teacher_manifest(self, name: str) -> Manifest:
         """The manifest of a teacher's capture."""
         settings, source, extract = self.teacher(name), self.teacher_source(name), self.recipe.extract
-        tokenizer = load_tokenizer(source)
+        tokens = token_digests(source, chat_template=settings.chat_template)
         quantization = settings.engine.quantization
         geometry = self.teacher_geometry(name)
         return self._manifest(
@@ -274,11 +258,22 @@ class Run(Places):
             geometry=geometry,
             dtype=extract.dtype,
             codec=extract.codec,
-            extras=signal_arrays(geometry, importance=extract.importance, confidence=extract.confidence),
+            extras=signal_arrays(
+                geometry, importance=extract.importance, confidence=extract.confidence, logits=extract.logits
+            ),
             model=self.teacher_identity(name),
-            tokenizer_digest=tokenizer_digest(tokenizer),
-            chat_template_digest=chat_template_digest(tokenizer) if settings.chat_template else None,
+            tokenizer_digest=tokens[0],
+            chat_template_digest=tokens[1],
         )
+
+    def shared_path(self, name: str) -> Path | None:
+        """Where the capture of a teacher is kept for other runs too: a name of its own for every content and codec."""
+        if self.recipe.store_dir is None:
+            return None
+        manifest = self.teacher_manifest(name)
+        model = re.sub(r"[^A-Za-z0-9.-]+", "-", manifest.model.id.rsplit("/", 1)[-1]).lstrip(".")
+        folder = Path(self.recipe.store_dir).expanduser().resolve()
+        return folder / f"{model}-{manifest.fingerprint[:16]}-{manifest.codec}.zarr"
 
     def parent_manifest(self, name: str) -> Manifest:
         """What is projected: the capture on disk, or the one that the recipe would make.
@@ -313,7 +308,7 @@ class Run(Places):
             model=parent.model,
             samples_per_part=parent.samples_per_part,
             parameters={"resample": self.resampling},
-            extras=inherited_extras(parent),
+            teacher=parent,
             parents={"teacher": parent.fingerprint},
         )
 
@@ -343,7 +338,7 @@ class Run(Places):
             model=parent.model,
             samples_per_part=parent.samples_per_part,
             parameters={"resample": self.resampling, "project": fit},
-            extras=inherited_extras(parent),
+            teacher=parent,
             parents=parents,
         )
 
@@ -362,28 +357,26 @@ class Run(Places):
         source = self.parent_manifest(name).geometry
         return layer_map(self.recipe.project.layers, source.num_layers, self.student_geometry.num_layers)
 
-    def trained_key(self) -> str:
+    def trained_key(self, settings: TrainSettings | None = None) -> str:
         """What determines a trained student: read from the targets on disk, nothing is asked of a teacher.
+
+        Args:
+            settings: how it is trained; None for the recipe's.
 
         Raises:
             StoreNotFoundError: if the targets are not made yet.
         """
-        how = {
-            "name",
-            "teacher",
-            "logging_steps",
-            "eval_steps",
-            "save_steps",
-            "num_workers",
-            "reader_threads",
-            "prefetch_steps",
-        }
-        how |= {"measure_steps", "collapse_threshold"}
-        settings = self.recipe.train.model_dump(mode="json", exclude_defaults=True, exclude=how)
-        student = weights_digest(Path(self.student_source.location))
-        targets = self.open_target(self.train_teacher)
+        settings = settings or self.recipe.train
+        how = {"name", "teacher", "logging_steps", "eval_steps", "save_steps", "num_workers"}
+        how |= {"measure_steps", "collapse_threshold", "report_to", "reader_threads", "prefetch_steps"}
+        stated = settings.model_dump(mode="json", exclude_defaults=True, exclude=how)
+        targets = self.open_target(self.teacher_of(settings))
         content = [targets.manifest.fingerprint, targets.content]
-        return digest_json({"settings": settings, "student": student, "targets": content})
+        return digest_json({"settings": stated, "student": self._student_weights, "targets": content})
+
+    @cached_property
+    def _student_weights(self) -> str:
+        return weights_digest(Path(self.student_source.location))
 
     def open_target(self, name: str) -> KVStore | FusedTargets:
         """The targets made from a teacher, or the fused ones.
@@ -399,14 +392,11 @@ class Run(Places):
         view.check()
         return view
 
-    def _student_manifest(self, **fields: Any) -> Manifest:
-        tokenizer = load_tokenizer(self.student_source)
-        wrapped = self.recipe.student.chat_template
-        return self._manifest(
-            tokenizer_digest=tokenizer_digest(tokenizer),
-            chat_template_digest=chat_template_digest(tokenizer) if wrapped else None,
-            **fields,
-        )
+    def _student_manifest(self, teacher: Manifest | None = None, **fields: Any) -> Manifest:
+        tokens = token_digests(self.student_source, chat_template=self.recipe.student.chat_template)
+        if teacher is not None:
+            fields["extras"] = inherited_extras(teacher, *tokens)
+        return self._manifest(tokenizer_digest=tokens[0], chat_template_digest=tokens[1], **fields)
 
     def _manifest(self, **fields: Any) -> Manifest:
         pages = default_page_tokens(fields["geometry"], dtype_of(fields["dtype"]).itemsize, fields["codec"])

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import google_crc32c
 import numpy as np
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 # Blosc's own threads fight with the part-level parallelism of dask and hang after a fork.
 blosc.use_threads = False
 
+_INVERT: Final = 0xFFFFFFFF
 _CRC: Final = struct.Struct("<I")
 _HEADER: Final = struct.Struct("<4sIII")  # Of Blosc 1: versions and flags, raw bytes, block size, stored bytes.
 _BLOCK: Final = 1 << 20  # Blosc's automatic block size costs 12 % more disk and 2.5 times the decoding time.
@@ -33,6 +35,32 @@ _BLOCK: Final = 1 << 20  # Blosc's automatic block size costs 12 % more disk and
 def crc32c(data: bytes | np.ndarray[Any, Any]) -> int:
     """CRC-32C (Castagnoli) of bytes or of a C-contiguous array, of which no copy is made."""
     return int(google_crc32c.value(data))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """An encoded page: on disk, its payload and then its checksum."""
+
+    payload: bytes | np.ndarray[Any, Any]
+    checksum: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of both."""
+        return len(self.payload) + _CRC.size
+
+    def write(self, file: BinaryIO) -> None:
+        """Writes both at the end of a file."""
+        file.write(self.payload if isinstance(self.payload, bytes) else self.payload.data)
+        file.write(_CRC.pack(self.checksum))
+
+    def extend(self, checksum: int) -> int:
+        """The checksum of a file's bytes, of which that of those before this chunk is given."""
+        if isinstance(self.payload, bytes):
+            checksum = google_crc32c.extend(checksum, self.payload)
+        else:  # Of pages that all have one size, the sum of what was summed up already costs nothing.
+            checksum = _through(checksum, len(self.payload)) ^ self.checksum
+        return int(google_crc32c.extend(checksum, _CRC.pack(self.checksum)))
 
 
 @dataclass(frozen=True)
@@ -51,10 +79,39 @@ class Codec:
         shuffle = BloscCodec(typesize=itemsize, cname="zstd", clevel=1, shuffle="shuffle", blocksize=_BLOCK)
         return [shuffle, Crc32cCodec()]
 
-    def encode(self, page: np.ndarray[Any, Any]) -> bytes:
-        """One page, C-contiguous and little-endian, as the bytes of its chunk."""
-        payload: bytes = blosc.compress(page, b"zstd", 1, blosc.SHUFFLE, _BLOCK) if self.compress else page.tobytes()
-        return payload + _CRC.pack(crc32c(payload))
+    def encode(self, page: np.ndarray[Any, Any]) -> Chunk:
+        """One page, C-contiguous and little-endian, as a chunk; of what is stored as it is, no copy is made."""
+        flat = page.reshape(-1).view(np.uint8)
+        payload = blosc.compress(page, b"zstd", 1, blosc.SHUFFLE, _BLOCK) if self.compress else flat
+        return Chunk(payload, crc32c(payload))
+
+    def read_front(
+        self, file: int, offset: int, nbytes: int, out: np.ndarray[Any, Any], page_bytes: int, *, check: bool = True
+    ) -> bool:
+        """Reads the first rows of a page that is stored as it is, and nothing behind them but the checksum.
+
+        The rows behind a sample's end are zeros, of which the checksum is known without looking.
+
+        Args:
+            file: its descriptor.
+            offset: first byte of the chunk.
+            nbytes: of the chunk, checksum included.
+            out: the first rows, C-contiguous.
+            page_bytes: of the whole page.
+            check: whether to compare the checksum.
+
+        Returns:
+            Whether `out` is what was written. If not, the page is compressed, does not end in zeros, or is damaged:
+            reading it whole will tell.
+        """
+        if self.compress or nbytes != page_bytes + _CRC.size:
+            return False
+        _fill(file, offset, out)
+        if not check:
+            return True
+        _fill(file, offset + page_bytes, stored := scratch("checksum", _CRC.size))
+        (expected,) = _CRC.unpack(stored.data)
+        return bool(_before_zeros(crc32c(out), page_bytes - out.nbytes) == expected)
 
     def read(self, file: int, offset: int, nbytes: int, out: np.ndarray[Any, Any], *, check: bool = True) -> None:
         """Reads the chunk at `offset` of an open file and decodes it.
@@ -86,6 +143,27 @@ class Codec:
                 f"chunk holds {stored_bytes} for {raw} bytes, expected {len(payload)} for {out.nbytes}"
             )
         blosc.decompress(payload, out)
+
+
+def _before_zeros(checksum: int, zeros: int) -> int:
+    """The checksum of bytes of this checksum with that many zeros behind them."""
+    return _through(checksum ^ _INVERT, zeros) ^ _INVERT
+
+
+def _through(register: int, zeros: int) -> int:
+    """A CRC's register after that many zeros: a linear map, and what joins the checksums of two pieces."""
+    found = 0
+    for bit, image in enumerate(_images(zeros)):
+        if register >> bit & 1:
+            found ^= image
+    return found
+
+
+@lru_cache(1 << 12)
+def _images(zeros: int) -> tuple[int, ...]:
+    """What each bit of the register becomes; a checksum is the register inverted, at the start and at the end."""
+    behind = bytes(zeros)
+    return tuple(google_crc32c.extend((1 << bit) ^ _INVERT, behind) ^ _INVERT for bit in range(32))
 
 
 def _fill(file: int, offset: int, *buffers: np.ndarray[Any, Any]) -> None:

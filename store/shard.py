@@ -7,18 +7,20 @@ and is the oracle in the tests.
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import numpy as np
 
 from ..errors import DamagedStoreError
-from .codec import Codec, crc32c
+from .codec import Chunk, Codec, crc32c
 from .files import opened, reading
 from .scratch import scratch
 
@@ -48,12 +50,12 @@ class PagedArray:
     axes: tuple[str, ...] = ()
     """Dimension names."""
 
-    @property
+    @cached_property
     def page_bytes(self) -> int:
         """Raw bytes of one page."""
-        return int(np.prod(self.page_shape)) * np.dtype(self.dtype).itemsize
+        return math.prod(self.page_shape) * np.dtype(self.dtype).itemsize
 
-    @property
+    @cached_property
     def pages_per_shard(self) -> int:
         """Chunks in one shard."""
         return max(1, min(SHARD_PAGES, SHARD_BYTES // self.page_bytes))
@@ -69,21 +71,23 @@ class PageWriter:
 
     array: PagedArray
     num_pages: int = 0
+    files: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    """Size and CRC-32C of the shards that are closed."""
     _file: BinaryIO | None = None
     _index: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros((0, 2), "<u8"))
     _offset: int = 0
+    _checksum: int = 0
 
-    def write(self, page: np.ndarray[Any, Any]) -> None:
-        """Encodes and writes one page of exactly `page_shape`."""
-        assert page.shape == self.array.page_shape
+    def write(self, chunk: Chunk) -> None:
+        """Writes the next page, as the array's codec encoded it."""
         slot = self.num_pages % self.array.pages_per_shard
         if slot == 0:
             self._begin(self.num_pages // self.array.pages_per_shard)
         assert self._file is not None
-        chunk = self.array.codec.encode(page)
-        self._file.write(chunk)
-        self._index[slot] = (self._offset, len(chunk))
-        self._offset += len(chunk)
+        chunk.write(self._file)
+        self._checksum = chunk.extend(self._checksum)
+        self._index[slot] = (self._offset, chunk.nbytes)
+        self._offset += chunk.nbytes
         self.num_pages += 1
         if slot == self.array.pages_per_shard - 1:
             self.close()
@@ -92,10 +96,12 @@ class PageWriter:
         """Writes the index of the open shard, if there is one."""
         if self._file is None:
             return
-        index = self._index.tobytes()
-        self._file.write(index + struct.pack("<I", crc32c(index)))
+        index = Chunk(self._index.tobytes(), crc32c(self._index))
+        index.write(self._file)
         self._file.close()
         self._file = None
+        shard = self.array.shard_path((self.num_pages - 1) // self.array.pages_per_shard)
+        self.files[shard] = (self._offset + index.nbytes, index.extend(self._checksum))
 
     def abort(self) -> None:
         """Closes the file without finishing the shard."""
@@ -109,7 +115,7 @@ class PageWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("wb")
         self._index = np.full((self.array.pages_per_shard, 2), _EMPTY, "<u8")
-        self._offset = 0
+        self._offset = self._checksum = 0
 
 
 @dataclass
@@ -124,6 +130,7 @@ class PageReader:
     check: bool = True
     """Whether to compare each chunk with its checksum."""
     _indices: dict[int, np.ndarray[Any, Any]] = field(default_factory=dict)
+    _paths: dict[int, Path] = field(default_factory=dict)
 
     def read(self, first: int, count: int) -> np.ndarray[Any, Any]:
         """Pages `first .. first + count`, joined: `[count * page_tokens, ...]` in the on-disk dtype.
@@ -156,7 +163,7 @@ class PageReader:
         if first < 0 or first + count > self.num_pages:
             raise IndexError(f"pages {first}..{first + count} of {self.num_pages}")
         for shard, start, stop in self._runs(first, count):
-            path, index = self.array.shard_path(shard), self.index(shard)[start:stop].tolist()
+            path, index = self._path(shard), self.index(shard)[start:stop].tolist()
             try:
                 with reading(path), opened(path) as file:
                     for page, (offset, nbytes) in enumerate(index, shard * self.array.pages_per_shard + start):
@@ -172,9 +179,12 @@ class PageReader:
         self, file: int, offset: int, nbytes: int, out: np.ndarray[Any, Any], layers: Sequence[int] | None
     ) -> None:
         array, codec = self.array, self.array.codec
-        if layers is None and len(out) == array.page_shape[0] and out.flags.c_contiguous:
-            codec.read(file, offset, nbytes, out, check=self.check)
-            return
+        if layers is None and out.flags.c_contiguous:
+            if len(out) == array.page_shape[0]:
+                codec.read(file, offset, nbytes, out, check=self.check)
+                return
+            if codec.read_front(file, offset, nbytes, out, array.page_bytes, check=self.check):
+                return
         page = scratch("page", array.page_bytes).view(array.dtype).reshape(array.page_shape)
         codec.read(file, offset, nbytes, page, check=self.check)
         if layers is None:
@@ -190,7 +200,7 @@ class PageReader:
         return self._indices[shard]
 
     def _read_index(self, shard: int) -> np.ndarray[Any, Any]:
-        path, slots = self.array.shard_path(shard), self.array.pages_per_shard
+        path, slots = self._path(shard), self.array.pages_per_shard
         tail = slots * 16 + 4
         try:
             with reading(path), opened(path) as file:
@@ -206,6 +216,11 @@ class PageReader:
         if bool((used > size - tail).any()) or bool((used.sum(axis=1) > size - tail).any()):
             raise DamagedStoreError(f"{path}: the shard's index points outside its file")
         return used
+
+    def _path(self, shard: int) -> Path:
+        if shard not in self._paths:
+            self._paths[shard] = self.array.shard_path(shard)
+        return self._paths[shard]
 
     def _runs(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
         slots, stop = self.array.pages_per_shard, first + count

@@ -6,11 +6,12 @@ from typing import Any
 
 from ..errors import StageError
 from ..hub import tokenizer_digest
+from ..store import LOGITS
 from ..tap import probe_geometry
 from .data import Targets
 
 
-def check_targets(store: Targets, model: Any, tokenizer: Any, corpus_digest: str | None) -> None:
+def check_targets(store: Targets, model: Any, tokenizer: Any, corpus_digest: str | None, *, logits: bool) -> None:
     """Refuses targets that this student cannot be trained on.
 
     Args:
@@ -18,6 +19,7 @@ def check_targets(store: Targets, model: Any, tokenizer: Any, corpus_digest: str
         model: the student.
         tokenizer: the student's.
         corpus_digest: the corpus that they must be of; None to accept any.
+        logits: whether they must hold the teacher's logits.
 
     Raises:
         StageError: saying what does not fit, and which stage to run.
@@ -32,6 +34,11 @@ def check_targets(store: Targets, model: Any, tokenizer: Any, corpus_digest: str
         raise StageError(f"{store.path} is a {manifest.kind} store, not targets; run kava project first")
     if missing := store.missing_parts():
         raise StageError(f"{store.path}: {len(missing)} of {manifest.num_parts} parts are missing; run kava project")
+    if logits and LOGITS[0] not in manifest.extras:
+        raise StageError(
+            f"{store.path} has no logits, which train.logits needs: capture with extract.logits, from a teacher whose "
+            "tokenizer is the student's; fused targets have none"
+        )
     problems = []
     if (own := probe_geometry(model)) != manifest.geometry:
         problems.append(f"geometry: {manifest.geometry} there, {own} in the student")

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..errors import KavaError
-from ..store import SEGMENTS, KVGeometry, KVSample, KVStore, Manifest, Split
+from ..store import LOGITS, SEGMENTS, KVGeometry, KVSample, KVStore, Manifest, Split
 from ..store.dtypes import dtype_of
 
 IGNORED: Final = -100
@@ -38,8 +38,8 @@ class Targets(Protocol):
     def geometry(self) -> KVGeometry:
         """Layers, KV heads and head width."""
 
-    def sample(self, index: int, *, keys: bool = True, values: bool = True) -> KVSample:
-        """Sample `index`; keys and values are read only if asked for."""
+    def sample(self, index: int, *, keys: bool = True, values: bool = True, extras: bool = True) -> KVSample:
+        """Sample `index`; keys, values and extra arrays are read only if asked for."""
 
     def indices(self, split: Split | None = None) -> list[int]:
         """Samples that did not fail, of one split or of all."""
@@ -65,6 +65,7 @@ class TargetDataset(Dataset[KVSample]):
         *,
         names: Sequence[str] = ("keys", "values"),
         layers: Sequence[int] | None = None,
+        logits: bool = False,
     ) -> None:
         """The samples.
 
@@ -73,8 +74,9 @@ class TargetDataset(Dataset[KVSample]):
             split: of the samples.
             names: what is read, of `keys` and `values`.
             layers: of which layers, in this order; None for all.
+            logits: whether the teacher's logits are read, with the other extra arrays.
         """
-        self.store, self.names = store, tuple(names)
+        self.store, self.names, self.logits = store, tuple(names), logits
         self.layers = tuple(range(store.geometry.num_layers)) if layers is None else tuple(layers)
         self.indices = store.indices(split)
         self.lengths: list[int] = store.lengths[self.indices].tolist()
@@ -109,13 +111,13 @@ class TargetDataset(Dataset[KVSample]):
         layers = None if self.layers == tuple(range(self.store.geometry.num_layers)) else list(self.layers)
         try:
             if isinstance(self.store, KVStore):
-                found = self.store.sample(index, keys=False, values=False)
+                found = self.store.sample(index, keys=False, values=False, extras=self.logits)
                 if into:
                     to_numpy = self.store.dtype.to_numpy
                     arrays = {name: to_numpy(tensor) for name, tensor in into.items()}
                     self.store.read_into(index, **arrays, layers=layers)
                 return found
-            found = self.store.sample(index, keys="keys" in into, values="values" in into)
+            found = self.store.sample(index, keys="keys" in into, values="values" in into, extras=self.logits)
         except KavaError as error:
             raise type(error)(f"sample {index}: {error}") from error
         for name, tensor in into.items():
@@ -153,9 +155,10 @@ class TargetCollator:
 
         Returns:
             `input_ids`, `labels`, `segments`, `kv_mask` `[b, t]`; `sample_ids`, `num_tokens` and `text_bytes` of all;
-            `keys` and `values`, if given. With one sample a row `attention_mask` `[b, t]`; otherwise `position_ids`
-            `[b, t]`, which begin again with every sample, as padding does, and `sample_numbers` `[b, t]`, -1 for
-            padding: models and losses tell samples apart by these.
+            `keys` and `values`, if given; where samples have logits, `logit_ids`, `logprobs` `[b, t, k]` and
+            `logprob_tail` `[b, t]`, with id -1 for padding. With one sample a row `attention_mask` `[b, t]`; otherwise
+            `position_ids` `[b, t]`, which begin again with every sample, as padding does, and `sample_numbers`
+            `[b, t]`, -1 for padding: models and losses tell samples apart by these.
         """
         size = (len(rows), max(sum(map(len, row)) for row in rows))
         ids, labels = np.full(size, self.pad_token_id, np.int64), np.full(size, IGNORED, np.int64)
@@ -178,6 +181,12 @@ class TargetCollator:
             "text_bytes": sum(int((s.spans[:, 1] - s.spans[:, 0]).sum()) for row in rows for s in row),
             **tensors,
         }
+        first = rows[0][0].extras
+        for name in LOGITS if LOGITS[0] in first else ():
+            array = np.full((*size, *first[name].shape[1:]), -1, first[name].dtype)
+            for row, start, _, sample in _places(rows):
+                array[row, start : start + len(sample)] = sample.extras[name]
+            out[name] = torch.from_numpy(array)
         if all(len(row) == 1 for row in rows):
             return out | {"attention_mask": torch.from_numpy((numbers >= 0).astype(np.int64))}
         for row, samples in enumerate(rows):

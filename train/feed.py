@@ -10,6 +10,7 @@ from ..errors import KavaError, StageError
 from ..store import Split
 from .data import IGNORED, TargetCollator, TargetDataset
 from .loader import Batches, Loader, ProcessLoader, ThreadedLoader
+from .logits import taught
 from .losses import KVLoss
 from .order import Order, Row
 from .ranks import Ranks, agreed
@@ -163,13 +164,13 @@ class Feed:
 
 
 def share_step(batches: list[dict[str, Any]], loss: KVLoss | None, ranks: Ranks, error: KavaError | None) -> None:
-    """Gives each batch of a step its `shares` of the step's predicted tokens and of its tokens with a target.
+    """Gives each batch of a step its `shares` of the step's predicted tokens, those with a target, and with logits.
 
     The loss of a step is the mean over its tokens, however they are cut into ranks, forward passes and rows. Each
     batch's own mean is multiplied with its share, such that the mean over forward passes and ranks is that over tokens.
 
     Args:
-        batches: of this rank's step; each gets `shares`, for the cross-entropy and for the KV loss.
+        batches: of this rank's step; each gets `shares`, for the cross-entropy, the KV loss and the logit loss.
         loss: the KV loss, if there is one.
         ranks: all of them; they wait for each other here.
         error: why this rank has no batches.
@@ -178,21 +179,20 @@ def share_step(batches: list[dict[str, Any]], loss: KVLoss | None, ranks: Ranks,
         KavaError: `error`, of the first rank that has one, on all of them.
     """
     counts = [_counts(batch, loss) for batch in batches]
-    sums = [sum(count[term] for count in counts) for term in range(2)]
-    ce, kv, failed = ranks.sum([*sums, float(error is not None)])
+    sums = [sum(count[term] for count in counts) for term in range(3)]
+    *totals, failed = ranks.sum([*sums, float(error is not None)])
     if failed:
         raise agreed(next(found for found in ranks.gather(error) if found is not None))
     scale = ranks.size * len(batches)
     for batch, count in zip(batches, counts, strict=True):
-        batch["shares"] = tuple(
-            own * scale / total if total else 1.0 for own, total in zip(count, (ce, kv), strict=True)
-        )
+        batch["shares"] = tuple(own * scale / total if total else 1.0 for own, total in zip(count, totals, strict=True))
 
 
-def _counts(batch: dict[str, Any], loss: KVLoss | None) -> tuple[float, float]:
-    """What the means of a batch are over: predicted tokens, and the weights of those with a target."""
+def _counts(batch: dict[str, Any], loss: KVLoss | None) -> tuple[float, float, float]:
+    """What the means of a batch are over: predicted tokens, the weights of those with a target, those with logits."""
     predicted = float((batch["labels"][:, 1:] != IGNORED).sum())
+    logits = float(taught(batch["labels"], batch["logit_ids"]).sum()) if "logit_ids" in batch else 0.0
     if loss is None:
-        return predicted, 0.0
+        return predicted, 0.0, logits
     weights = loss.token_weights(batch["kv_mask"], batch["segments"])
-    return predicted, float(batch["kv_mask"].sum() if weights is None else weights.sum())
+    return predicted, float(batch["kv_mask"].sum() if weights is None else weights.sum()), logits

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with `CE + alpha * KV` as its loss.
+"""Hugging Face's Trainer with `CE + alpha * KV` as its loss, and the divergence from cached logits if asked for.
 
 Devices, precision, checkpoints and the loop are the Trainer's. Ours are the loss, the batches (`feed`), held-out
 metrics that weigh every token the same, the refusal of targets that are not this student's, and the end of a training
@@ -10,36 +10,38 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerState
 
 from ..errors import KavaError, RetryLaterError, StageError, TrainingError
 from ..store import Split
 from ..store.files import disk_errors, write_atomic
-from ..tap import KVTap
 from .alpha import AutoAlpha, gradient_norms, schedule_factor
 from .arguments import last_checkpoint, training_arguments
 from .callbacks import Log, Steps, StopOnSignal
 from .checks import check_packing, check_targets
-from .data import IGNORED, TargetCollator, TargetDataset, Targets
+from .data import TargetCollator, TargetDataset, Targets
 from .diagnostics import CollapseAlarm, Mean, StepClock, check_gradient, not_finite, spread_ratio
 from .feed import Feed, share_step
 from .lora import add_lora, save_merged
-from .losses import KVLoss, LossOptions
+from .objective import Objective, Pass
 from .ranks import Ranks, agreed
 from .settings import TrainSettings
 from .student import load_student
+from .trackers import check_trackers
 
 STATE: Final = "kava.json"
 """In a checkpoint: what the Trainer does not know of."""
+PROJECTOR: Final = "projector.safetensors"
+"""Beside it: the projector on the student's side, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class TrainResult:
 
     steps: int
     metrics: dict[str, float]
-    """Held-out: `ce` in nats per token, `ce_per_byte`, `perplexity`, and `kv`."""
+    """Held-out: `ce` in nats per token, `ce_per_byte`, `perplexity`, `kv`, and `logits` in nats per token."""
     alpha: float
     """The weight of the KV loss, without its schedule: as it was set, or as it was found."""
 
@@ -82,14 +84,18 @@ def train_student(
             update.
         TrainingError: if a loss or a gradient is not finite; the last checkpoint stays.
         RetryLaterError: after a signal to stop.
+        BackendNotInstalledError: if a tracker or peft is not installed.
     """
     ranks = ranks or Ranks()
+    check_trackers(settings.report_to)
     torch.manual_seed(settings.seed)
     model, tokenizer = load_student(student)
-    check_targets(store, model, tokenizer, corpus_digest)
-    loss = _kv_loss(store, settings) if settings.with_kv else None
+    check_targets(store, model, tokenizer, corpus_digest, logits=settings.logits is not None)
+    objective = Objective.for_store(store, settings)
+    loss = objective.kv_loss
     names, layers = ((), ()) if loss is None else (loss.names, loss.layers)
-    datasets = {split: TargetDataset(store, split, names=names, layers=layers) for split in Split}
+    logits = settings.logits is not None
+    datasets = {s: TargetDataset(store, s, names=names, layers=layers, logits=logits) for s in Split}
     if not len(datasets[Split.TRAIN]):
         raise StageError(f"{store.path}: there is no training sample in it")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -102,7 +108,12 @@ def train_student(
     feed = Feed(datasets, collator, settings, args, ranks)
     checkpoint, begun = ranks.first(lambda: last_checkpoint(out / "checkpoints"))
 
-    with disk_errors(out), StopOnSignal(ranks) as stop, closing(Log(out, begun, ranks)) as log, closing(feed):
+    with (
+        disk_errors(out),
+        StopOnSignal(ranks) as stop,
+        closing(Log(out, begun, ranks, settings.report_to)) as log,
+        closing(feed),
+    ):
         trainer = KVTrainer(
             model=model,
             args=args,
@@ -110,7 +121,7 @@ def train_student(
             eval_dataset=datasets[Split.HELDOUT],
             data_collator=collator,
             callbacks=[*log.callbacks, Steps(on_step), stop],
-            kv_loss=loss,
+            objective=objective,
             settings=settings,
             feed=feed,
             ranks=ranks,
@@ -138,39 +149,13 @@ def train_student(
     return TrainResult(int(trainer.state.global_step), metrics, trainer.alpha)
 
 
-def _kv_loss(store: Targets, settings: TrainSettings) -> KVLoss:
-    return KVLoss.for_store(
-        store,
-        loss=settings.loss,
-        key_weight=settings.key_weight,
-        value_weight=settings.value_weight,
-        layers=settings.layers,
-        layer_weights=settings.layer_weights,
-        segment_weights={str(name): weight for name, weight in settings.segment_weights.items()},
-        options=LossOptions(settings.magnitude_weight, settings.relation_heads),
-    )
-
-
-class _Pass(NamedTuple):
-    """What one forward pass gives."""
-
-    ce: torch.Tensor
-    """Summed over predicted tokens."""
-    tokens: torch.Tensor
-    """Their number."""
-    kv: dict[str, torch.Tensor]
-    """See `KVLoss`; empty without one."""
-    student: dict[str, dict[int, torch.Tensor]]
-    """The tapped `keys` and `values`."""
-
-
 class KVTrainer(Trainer):  # type: ignore[misc]
     """The Trainer, with a KV term beside the cross-entropy."""
 
     def __init__(
         self,
         *,
-        kv_loss: KVLoss | None,
+        objective: Objective,
         settings: TrainSettings,
         feed: Feed,
         ranks: Ranks,
@@ -180,7 +165,10 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         super().__init__(**kwargs)
         # The mean over a batch is our loss; without this the Trainer expects sums over accumulated batches.
         self.model_accepts_loss_kwargs = False
-        self.kv_loss, self.settings, self.warn = kv_loss, settings, warn
+        self.objective, self.settings, self.warn = objective, settings, warn
+        self.kv_loss, self.projector = objective.kv_loss, objective.projector
+        if self.projector is not None:
+            self.projector.to(self.args.device)
         self.feed, self.ranks = feed, ranks
         self.auto = AutoAlpha(settings.kv_share, settings.alpha_steps) if settings.alpha == "auto" else None
         self._alarm = CollapseAlarm(settings.collapse_threshold)
@@ -207,23 +195,29 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         """`CE + alpha * KV` of one batch, in nats per predicted token, by its share of the step: see `share_step`."""
         found = self._forward(model, inputs)
         ce = found.ce / found.tokens.clamp(min=1)
-        of_ce, of_kv = inputs["shares"]
+        of_ce, of_kv, of_logits = inputs["shares"]
         terms = {"ce": ce.detach() * of_ce}
         loss = ce * of_ce
+        # Accumulated batches share a step; one look at the first of them is enough.
+        first_look, self._looked_at = self._looked_at != self.state.global_step, self.state.global_step
         if self.kv_loss is not None:
             if not self._checked and torch.is_grad_enabled():
                 self._checked = True
                 weights = {"keys": self.kv_loss.key_weight, "values": self.kv_loss.value_weight}
                 check_gradient({name: layers for name, layers in found.student.items() if weights[name]})
-            # Accumulated batches share a step; one look at the first of them is enough.
-            if self._looked_at != self.state.global_step:
-                self._looked_at = self.state.global_step
+            if first_look:
                 self._measure_gradients(ce, found.kv["kv"])
                 self._measure_spread(found.student, inputs)
             alpha = self._weight()
             loss = loss + alpha * (found.kv["kv"] * of_kv)
             terms |= {name: value.detach() * of_kv for name, value in found.kv.items()}
             self._terms.add({"alpha": alpha})
+        if self.settings.logits is not None and found.divergence is not None:
+            weight = self.settings.logits.weight
+            if first_look and self._measures:
+                self._log_share("logits", weight, self._norms(ce, found.divergence))
+            loss = loss + weight * (found.divergence * of_logits)
+            terms["logits"] = found.divergence.detach() * of_logits
         finite = bool(torch.isfinite(loss))
         bad = [] if finite else [n for n, value in terms.items() if not torch.isfinite(value)] or ["alpha * kv"]
         self._stop_unless(finite, inputs, lambda: f"the loss ({', '.join(bad)})")
@@ -237,13 +231,27 @@ class KVTrainer(Trainer):  # type: ignore[misc]
             TrainingError: if it is not.
         """
         self._clock.tokens += inputs["num_tokens"]
+        if self.projector is not None and self._looked_at != self.state.global_step:
+            self.projector.zero_grad()  # The Trainer does so for the model.
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         # Under loss scaling, which float16 needs, infinite gradients are ordinary: the scaler leaves the step out.
         if getattr(self.accelerator, "scaler", None) is None:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            gradients = [p.grad for p in self._learning if p.grad is not None]
             finite = bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
             self._stop_unless(finite, inputs, lambda: f"the gradient ({self._blame(inputs)})")
+        if self.projector is not None and self.accelerator.sync_gradients:
+            self.projector.finish_gradient(self.ranks, self.args.max_grad_norm)
         return loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The Trainer's, which also moves the projector."""
+        made = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if made and self.projector is not None:
+            rate = self.settings.projector_learning_rate or self.args.learning_rate
+            group = {"params": [*self.projector.parameters()], "lr": rate, "weight_decay": self.args.weight_decay}
+            optimizer.add_param_group(group)
+        return optimizer
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As many things as there are batches: all that the Trainer's loop is to know, see `get_batch_samples`."""
@@ -268,7 +276,7 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         training = model.training
         model.eval()
         ce = tokens = text_bytes = 0.0
-        kv_terms = Mean()
+        means = Mean()
         with torch.no_grad(), closing(self.feed.heldout()) as batches:
             for batch in batches:
                 inputs = self._prepare_inputs(batch)
@@ -276,10 +284,12 @@ class KVTrainer(Trainer):  # type: ignore[misc]
                 ce += float(found.ce.double())
                 tokens += int(found.tokens)
                 text_bytes += inputs["text_bytes"]
+                if found.logits is not None and found.divergence is not None:
+                    means.add({"logits": found.divergence}, len(found.logits))
                 if self.kv_loss is not None:
                     weights = self.kv_loss.token_weights(inputs["kv_mask"], inputs["segments"])
                     total = float((inputs["kv_mask"] if weights is None else weights).sum())
-                    kv_terms.add(found.kv, total)
+                    means.add(found.kv, total)
         model.train(training)
         ce, tokens, text_bytes = self.ranks.sum([ce, tokens, text_bytes])
         mean = ce / max(tokens, 1)
@@ -287,7 +297,7 @@ class KVTrainer(Trainer):  # type: ignore[misc]
             "heldout_ce": mean,
             "heldout_perplexity": float(torch.tensor(mean).exp()),
             "heldout_ce_per_byte": ce / max(text_bytes, 1),
-            **{f"heldout_{name}": value for name, value in kv_terms.take(self.ranks).items()},
+            **{f"heldout_{name}": value for name, value in means.take(self.ranks).items()},
         }
         self.log(metrics)
         self._heldout = (self.state.global_step, metrics)
@@ -310,6 +320,8 @@ class KVTrainer(Trainer):  # type: ignore[misc]
             self._load_from_checkpoint(str(checkpoint))
         self._heldout = (state["heldout"][0], state["heldout"][1])
         self.feed.load(state["feed"])
+        if self.projector is not None:
+            self.projector.load_state_dict(load_file(checkpoint / PROJECTOR, device=str(self.args.device)))
         self._terms.load(state["terms"][self.ranks.rank])
         self._alarm.above = set(state["above"])
         if self.auto is not None:
@@ -327,6 +339,8 @@ class KVTrainer(Trainer):  # type: ignore[misc]
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / STATE, json.dumps(state).encode())
+            if self.projector is not None:
+                save_file(self.projector.state_dict(), folder / PROJECTOR)
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -344,16 +358,30 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         settings, step = self.settings, self.state.global_step
         later = settings.alpha_update_steps
         finding = self.auto is not None and (step < settings.alpha_steps or (later is not None and step % later == 0))
-        if not finding and step % (settings.measure_steps or max(100, settings.logging_steps)):
+        if not finding and not self._measures:
             return
-        norms = torch.stack(gradient_norms(ce, kv, list(self.model.parameters())))
-        of_ce, of_kv = self.accelerator.reduce(norms, "mean").tolist()
+        of_ce, of_kv = self._norms(ce, kv)
         if finding and self.auto is not None:
             self.auto.update(of_ce, of_kv)
-        if of_ce > 0:
-            self._terms.add({"kv_gradient_share": self._weight() * of_kv / of_ce})
+        self._log_share("kv", self._weight(), (of_ce, of_kv))
 
-    def _measure_spread(self, student: dict[str, dict[int, torch.Tensor]], inputs: dict[str, Any]) -> None:
+    @property
+    def _measures(self) -> bool:
+        """Whether gradients are measured for the log in the step in hand."""
+        every = self.settings.measure_steps or max(100, self.settings.logging_steps)
+        return bool(self.state.global_step % every == 0)
+
+    def _norms(self, ce: torch.Tensor, term: torch.Tensor) -> tuple[float, float]:
+        """See `gradient_norms`; the mean over ranks."""
+        norms = torch.stack(gradient_norms(ce, term, list(self.model.parameters())))
+        of_ce, of_term = self.accelerator.reduce(norms, "mean").tolist()
+        return of_ce, of_term
+
+    def _log_share(self, name: str, weight: float, norms: tuple[float, float]) -> None:
+        if norms[0] > 0:
+            self._terms.add({f"{name}_gradient_share": weight * norms[1] / norms[0]})
+
+    def _measure_spread(self, student: Mapping[str, Mapping[int, torch.Tensor]], inputs: dict[str, Any]) -> None:
         """The spread of the student's own tensors in the step that is logged next, and the alarm."""
         if (self.state.global_step + 1) % self.settings.logging_steps:
             return
@@ -365,6 +393,8 @@ class KVTrainer(Trainer):  # type: ignore[misc]
                 if (ratio := spread_ratio(own[mask], wanted[mask])) is not None:
                     ratios[f"{name}_spread_{layer}"] = ratio
         self._terms.add(ratios)
+        if self.projector is not None:
+            self._terms.add(self.projector.distances())
         for name in self._alarm.check(ratios):
             self.warn(
                 self.state.global_step + 1,
@@ -378,8 +408,18 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         found = self._forward(self.model, self._prepare_inputs(inputs))
         terms = {"ce": found.ce / found.tokens.clamp(min=1)}
         terms |= {name: self._weight() * value for name, value in found.kv.items() if value.requires_grad}
-        bad = not_finite(terms, list(self.model.parameters()))
+        if self.settings.logits is not None and found.divergence is not None:
+            terms["logits"] = self.settings.logits.weight * found.divergence
+        bad = not_finite(terms, self._learning)
         return ", ".join(bad or ["of the sum of accumulated batches"])
+
+    @property
+    def _learning(self) -> list[torch.nn.Parameter]:
+        """All weights that the loss moves: the student's and the projector's."""
+        return [*self.model.parameters(), *(self.projector.parameters() if self.projector is not None else ())]
+
+    def _forward(self, model: Any, inputs: dict[str, Any]) -> Pass:
+        return self.objective(model, inputs, tapped=self.accelerator.unwrap_model(model))
 
     def _stop_unless(self, finite: bool, inputs: dict[str, Any], what: Callable[[], str]) -> None:
         """Stops all ranks where one has found something that is not finite, with the samples of all that have."""
@@ -395,24 +435,3 @@ class KVTrainer(Trainer):  # type: ignore[misc]
                 "train.alpha"
             )
         )
-
-    def _forward(self, model: Any, inputs: dict[str, Any]) -> _Pass:
-        """One forward pass, tapped if there is a KV loss."""
-        layers = self.kv_loss.layers if self.kv_loss else ()
-        with KVTap(self.accelerator.unwrap_model(model), layers=layers) as tap:
-            logits = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs.get("attention_mask"),
-                position_ids=inputs.get("position_ids"),
-                use_cache=False,
-            ).logits
-        labels = inputs["labels"][:, 1:]
-        ce = F.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        student = {"keys": tap.keys, "values": tap.values}
-        kv = {}
-        if self.kv_loss is not None:
-            target = {name: inputs[name] for name in self.kv_loss.names}
-            kv = self.kv_loss(student, target, inputs["kv_mask"], inputs["segments"], inputs.get("sample_numbers"))
-        return _Pass(ce, (labels != IGNORED).sum(), kv, student)

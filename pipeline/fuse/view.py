@@ -89,8 +89,8 @@ class FusedTargets(Sequence[KVSample]):
         """Layers, KV heads and head width."""
         return self.manifest.geometry
 
-    def sample(self, index: int, *, keys: bool = True, values: bool = True) -> KVSample:
-        """Sample `index`, with `weights` `[k]` among its extras; keys and values are read only if asked for.
+    def sample(self, index: int, *, keys: bool = True, values: bool = True, extras: bool = True) -> KVSample:
+        """Sample `index`, with `weights` `[k]` as its only extra; keys and values are read only if asked for.
 
         Raises:
             IndexError: if there is no such sample.

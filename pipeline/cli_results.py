@@ -1,0 +1,56 @@
+"""The commands on trained students: comparing arms."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import RecipeError
+from .cli_store import Overrides, RecipePath, load, out, print_table
+
+
+def compare(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    arm: Annotated[
+        list[str] | None, typer.Option("--arm", metavar="NAME", help="Train only this arm. Repeatable.")
+    ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option("--seed", metavar="N", help="Train only with this seed. Repeatable.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Throw the chosen trainings away and make them again.")
+    ] = False,
+    no_train: Annotated[bool, typer.Option("--no-train", help="Train nothing; compare what is finished.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary for programs.")] = False,
+) -> None:
+    """Train arms and seeds of one recipe at equal steps and batches, and compare them on held-out samples."""
+    from .compare_stage import SUMMARY, arm_stages, save_summary
+    from .make import run_stages
+
+    loaded = load(recipe, overrides)
+    stages: list[Any] = list(arm_stages(loaded, arm, seed))
+    if force and no_train:
+        raise RecipeError("--force goes without --no-train")
+
+    def say(label: str, line: str) -> None:
+        if not as_json:
+            out.print(f"{label + ':':<28} {line}", markup=False)
+
+    if not no_train:
+        run_stages(stages, force=frozenset({"compare"} if force else ()), say=say)
+    summary = save_summary(loaded)
+    if as_json:
+        out.print_json(json.dumps(summary))
+        return
+    from .commands.compare import arms_table, compared_with, differences_table
+
+    for table in (arms_table(summary), differences_table(summary, compared_with(summary))):
+        out.print()
+        print_table(table)
+    if summary["missing"]:
+        names = ", ".join(f"{name} seed {number}" for name, number in summary["missing"])
+        out.print(f"\nnot finished yet: {names}", markup=False)
+    out.print(f"\n{loaded.compare_dir / SUMMARY}", markup=False)

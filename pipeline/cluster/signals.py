@@ -1,0 +1,44 @@
+"""Stopping on a signal: a batch system asks before it kills."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Stopped(BaseException):
+    """A signal asked this process to stop. No `Exception`: nothing on the way takes it for an error of its own."""
+
+
+@contextmanager
+def stopping_on_signals() -> Iterator[None]:
+    """Raises `Stopped` in the main thread at the first of `STOP_SIGNALS`; those of a batch system may then come again.
+
+    The part that is being captured is dropped then; parts that are transformed on threads are finished. A second Ctrl-C
+    does not wait for that. A signal that was ignored before, as by nohup, stays so.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        for other in STOP_SIGNALS[:2]:
+            signal.signal(other, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        why = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+        raise Stopped(f"{why}; finished parts are kept, the same command goes on")
+
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
