@@ -1,6 +1,7 @@
 """The store on real keys and values: size, reading, writing, threads, a cold disk and memory, each beside its aim.
 
-SmolLM2-135M reads items of GSM8K in bfloat16 (its `train.jsonl`; without one, the demo corpus). Baselines, measured in the same run on the same bytes, interleaved:
+SmolLM2-135M reads items of GSM8K (its `train.jsonl`; without one, the demo corpus) in bfloat16. Baselines, measured in
+the same run on the same bytes, interleaved:
 
 - memmap: samples in random order, copied out of one `np.memmap` into a buffer that is used again;
 - plain: the same arrays written to one file in sequence, and flushed as a part is;
