@@ -7,10 +7,10 @@ so that a part captured again makes exactly its own targets stale.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import AlignmentError, StageError
 from ..extract import Corpus, CorpusSettings, Encoder, load_corpus
 from ..hub import ModelSource, find_model, load_tokenizer
-from ..store import LOGITS, BackgroundWriter, Derive, ExtraArray, KVSample, KVStore, Manifest, Split
+from ..store import LOGITS, BackgroundWriter, Derive, ExtraArray, KVSample, KVStore, Manifest, PartReader, Split
 from ..store.fingerprint import file_stamp
 from .maps.moments import Pair
 from .maps.projector import Projector
@@ -65,16 +65,11 @@ class Transform:
         """
         parent, out = KVStore.open(self.parent), open_unchanged(self.out, self.fingerprint)
         reader, derive = parent.part(part), self.derive(parent.manifest)
-        rows = [name for name, kind in out.manifest.extras.items() if kind.axis == "row"]
         good = [position for position in reader.order if position not in reader.failed]
-
-        def read(position: int) -> KVSample:
-            source = reader.sample(position, extras=False)
-            return replace(source, extras=source.extras | {name: reader.read(name, position) for name in rows})
-
+        rows = [name for name, kind in out.manifest.extras.items() if kind.axis == "row"]
         with (
             BackgroundWriter(out, queue_bytes=_WAITING_BYTES, encoders=0) as writer,
-            closing(ahead(read, good)) as samples,
+            closing(ahead(partial(_read, reader, rows), good)) as samples,
         ):
             writer.begin(part)
             for position in reader.order:
@@ -139,6 +134,12 @@ class Transform:
                 f"{self.parent}: sample {source.sample_id!r} is not on this student's tokens; resample it again"
             )
         return identity_map(len(tokens), source.mask)
+
+
+def _read(reader: PartReader, rows: Sequence[str], position: int) -> KVSample:
+    """A sample with those of its extra arrays that are carried on."""
+    source = reader.sample(position, extras=False)
+    return replace(source, extras=source.extras | {name: reader.read(name, position) for name in rows})
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -17,7 +16,7 @@ import numpy as np
 from ..errors import ManifestMismatchError, StoreError, StoreNotFoundError
 from .blocks import dask_array
 from .dtypes import DType, dtype_of
-from .files import disk_errors, reading, remove, write_atomic
+from .files import disk_errors, reading, remove, size_of, write_atomic
 from .fingerprint import digest_json
 from .geometry import KVGeometry
 from .lock import Lock
@@ -396,13 +395,7 @@ class KVStore(Sequence[KVSample]):
 
     def size_on_disk(self) -> int:
         """Bytes of all files, but for what is being written or removed just now."""
-        total = 0
-        for folder, inside, files in os.walk(self.path):
-            inside[:] = [name for name in inside if not name.startswith(".")]
-            for name in files:
-                with suppress(FileNotFoundError):  # Another process may put a part in its place.
-                    total += (Path(folder) / name).stat().st_size
-        return total
+        return size_of(self.path)
 
     def _there(self) -> Iterator[PartReader]:
         """The readers of all parts; one that another process takes out meanwhile is left out."""
