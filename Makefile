@@ -32,8 +32,9 @@ lint: $(READY)
 docs: $(READY)
 	$(RUN) NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
+# CORPUS=train.jsonl of GSM8K; without it, the demo corpus.
 bench: $(READY)
-	$(RUN) python benchmarks/store.py
+	$(RUN) OMP_NUM_THREADS=1 python benchmarks/store.py $(CORPUS)
 
 bench-codecs: $(READY)
 	$(RUN) OMP_NUM_THREADS=1 python benchmarks/codecs.py
