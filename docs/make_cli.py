@@ -43,6 +43,11 @@ EXAMPLES = {
         "kava fuse workflows/two-teachers.yaml -s fuse.materialize=false",
     ],
     "train": ["kava train workflows/demo.yaml -s train.name=plain -s train.alpha=0"],
+    "plan": [
+        "kava plan workflows/demo.yaml",
+        "kava plan workflows/demo.yaml --probe",
+        "kava plan workflows/demo.yaml --sample 500 --json -s extract.codec=int8",
+    ],
     "status": [
         "kava status workflows/demo.yaml",
         "kava status workflows/demo.yaml --json",
@@ -77,6 +82,7 @@ NOTES = {
     "select": "Reads the teacher stores; with `select.geometry: student` the student and its projector are made first.",
     "fuse": "The targets must be complete. With `fuse.materialize: false` no store is written: they are read through\n"
     "once, for their statistics, and training fuses while it reads.",
+    "plan": "Nothing of the run is made. Exit code 2 if it cannot fit. [What it is worked out from](../plan.md).",
     "status": "[The keys of `--json`](../cluster.md#kava-status).",
     "train": "Goes on at its last checkpoint where `train.save_steps` is set. The targets must be complete.",
     "inspect": "Finds the run's recipe beside the store to show tokens and text.",
