@@ -23,6 +23,8 @@ EXAMPLES = {
     "extract": [
         "kava extract workflows/demo.yaml --teacher smollm2",
         "kava extract workflows/demo.yaml --retry-failed",
+        "kava extract workflows/demo.yaml --rank 0 --world-size 4",
+        "kava extract workflows/demo.yaml --parts 12-40 --rank auto",
     ],
     "resample": ["kava resample workflows/demo.yaml -s resample.method=linear"],
     "project": [
@@ -46,7 +48,11 @@ EXAMPLES = {
         "kava compare workflows/gsm8k-compare.yaml --arm kv --seed 1",
         "kava compare workflows/gsm8k-compare.yaml --no-train --json",
     ],
-    "status": ["kava status workflows/demo.yaml", "kava status workflows/demo.yaml --json"],
+    "status": [
+        "kava status workflows/demo.yaml",
+        "kava status workflows/demo.yaml --json",
+        "kava status workflows/demo.yaml --watch --every 10",
+    ],
     "inspect": [
         "kava inspect runs/demo/targets/smollm2.zarr",
         "kava inspect runs/demo/teachers/smollm2.zarr --sample 3",
@@ -76,6 +82,7 @@ NOTES = {
     "select": "Reads the teacher stores; with `select.geometry: student` the student and its projector are made first.",
     "fuse": "The targets must be complete. With `fuse.materialize: false` no store is written: they are read through\n"
     "once, for their statistics, and training fuses while it reads.",
+    "status": "[The keys of `--json`](../cluster.md#kava-status).",
     "train": "Goes on at its last checkpoint where `train.save_steps` is set. The targets must be complete.",
     "compare": "Each arm and seed is a training in a folder of its own below `run_dir/compare`: what is finished is\n"
     "kept, what was cut off goes on, and a training whose recipe or targets changed is refused without `--force`,\n"

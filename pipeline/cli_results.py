@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RecipeError
-from .cli_store import Overrides, RecipePath, out
+from .cli_store import Overrides, RecipePath, load, out, print_table
 
 
 def compare(
@@ -29,10 +29,8 @@ def compare(
     """Train arms and seeds of one recipe at equal steps and batches, and compare them on held-out samples."""
     from .compare_stage import SUMMARY, arm_stages, save_summary
     from .make import run_stages
-    from .recipe import load_recipe
-    from .run import Run
 
-    loaded = Run(load_recipe(recipe, overrides or ()))
+    loaded = load(recipe, overrides)
     stages: list[Any] = list(arm_stages(loaded, arm, seed))
     if force and no_train:
         raise RecipeError("--force goes without --no-train")
@@ -56,11 +54,3 @@ def compare(
         names = ", ".join(f"{name} seed {number}" for name, number in summary["missing"])
         out.print(f"\nnot finished yet: {names}", markup=False)
     out.print(f"\n{loaded.compare_dir / SUMMARY}", markup=False)
-
-
-def print_table(table: Any) -> None:
-    """A table is cut to the terminal's width; in a file or a pipe nothing is."""
-    from rich.console import Console
-
-    console = out if out.is_terminal else Console(width=400, highlight=False)
-    console.print(table)

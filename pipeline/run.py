@@ -6,6 +6,7 @@ to the same manifests.
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,15 @@ class Run(Places):
             tokenizer_digest=tokens[0],
             chat_template_digest=tokens[1],
         )
+
+    def shared_path(self, name: str) -> Path | None:
+        """Where the capture of a teacher is kept for other runs too: a name of its own for every content and codec."""
+        if self.recipe.store_dir is None:
+            return None
+        manifest = self.teacher_manifest(name)
+        model = re.sub(r"[^A-Za-z0-9.-]+", "-", manifest.model.id.rsplit("/", 1)[-1]).lstrip(".")
+        folder = Path(self.recipe.store_dir).expanduser().resolve()
+        return folder / f"{model}-{manifest.fingerprint[:16]}-{manifest.codec}.zarr"
 
     def parent_manifest(self, name: str) -> Manifest:
         """What is projected: the capture on disk, or the one that the recipe would make.

@@ -125,6 +125,26 @@ def write_atomic(path: Path, data: bytes) -> None:
         fsync(path.parent)
 
 
+def size_of(root: Path) -> int:
+    """Bytes of all files below `root` that are not hidden, and in no hidden folder."""
+    total = 0
+    for folder, inside, files in os.walk(root):
+        inside[:] = [name for name in inside if not name.startswith(".")]
+        for name in files:
+            with suppress(FileNotFoundError):  # Another process may put another in its place.
+                total += (Path(folder) / name).stat().st_size
+    return total
+
+
+def link(path: Path, target: Path) -> None:
+    """Makes `path` a symbolic link to `target`, in the place of another link."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+        temporary.symlink_to(target)
+        temporary.replace(path)
+
+
 def file_table(folder: Path, known: Mapping[Path, tuple[int, int]]) -> dict[str, tuple[int, int]]:
     """Size and CRC-32C of every file below `folder`, but for its own `zarr.json`.
 
