@@ -84,7 +84,10 @@ def capture_store(
             for captured in teacher.capture([tokens[p] for p in positions]):
                 position = positions[captured.index]
                 record = corpus.records[indices[position]]
-                writer.append(position, _sample(record, tokens[position], captured))
+                if np.isnan(captured.extras.get("logprobs", 0)).any():
+                    writer.fail(position, record.sample_id, record.split, "non-finite logits")
+                else:
+                    writer.append(position, _sample(record, tokens[position], captured))
                 on_text(len(record.text.encode()))
             writer.commit(sources, written_by=teacher.backend)
 

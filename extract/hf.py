@@ -32,20 +32,23 @@ class HFTeacher:
         padding_side: Literal["left", "right"] = "right",
         importance: bool = False,
         confidence: bool = False,
+        logits: int | None = None,
     ) -> None:
         """Wraps a model.
 
         Args:
-            model: with its language-model head, if `confidence` is wanted.
+            model: with its language-model head, if `confidence` or `logits` are wanted.
             batch_tokens: tokens of one forward pass at most, padding included.
             padding_side: of a batch.
             importance: also capture how much the answer attends to each rationale token.
             confidence: also capture loss and entropy of the text.
+            logits: also capture so many of the likeliest next tokens after each token, with their log-probabilities.
 
         Raises:
             UnsupportedModelError: if its architecture is not known, or what it does to its logits.
+            RecipeError: if there are not so many `logits`.
         """
-        self.signals = Signals(model, importance, confidence)
+        self.signals = Signals(model, importance, confidence, logits)
         self.model, self.batch_tokens, self.padding_side = model, batch_tokens, padding_side
         self.geometry: KVGeometry = probe_geometry(model)
         self.backend = f"hf {metadata.version('transformers')}"
@@ -60,6 +63,7 @@ class HFTeacher:
         batch_tokens: int = 4096,
         importance: bool = False,
         confidence: bool = False,
+        logits: int | None = None,
     ) -> HFTeacher:
         """Loads the model; arguments as for the class.
 
@@ -68,7 +72,7 @@ class HFTeacher:
             UnsupportedModelError: if its architecture is not known.
         """
         model = load_model(source, dtype=dtype, device=device)
-        return cls(model, batch_tokens=batch_tokens, importance=importance, confidence=confidence)
+        return cls(model, batch_tokens=batch_tokens, importance=importance, confidence=confidence, logits=logits)
 
     @property
     def max_tokens(self) -> int:
@@ -80,8 +84,8 @@ class HFTeacher:
     def capture(self, samples: Sequence[Tokens]) -> Iterator[Captured]:
         """Pre-RoPE keys and values of each sample, in the model's dtype, by batches of like length.
 
-        The language-model head is not run but for `confidence`. Padding is masked and not returned. A batch is handed
-        over while the device is at work on the next.
+        The language-model head is not run but for `confidence` and `logits`. Padding is masked and not returned. A
+        batch is handed over while the device is at work on the next.
         """
         before: Callable[[], list[Captured]] = list
         kinds = [frequency_class(self.model.config, int(tokens.positions.max()) + 1) for tokens in samples]

@@ -1,6 +1,6 @@
-"""What a forward pass tells beside keys and values: what the answer attends to, how sure the model is.
+"""What a forward pass tells beside keys and values: what the answer attends to, how sure the model is, what comes next.
 
-Both are computed from what the pass holds anyway, sample by sample, so that padding never enters. They cost time only
+All are computed from what the pass holds anyway, sample by sample, so that padding never enters. They cost time only
 where they are asked for.
 """
 
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from ..errors import UnsupportedModelError
-from ..store import ExtraArray, KVGeometry, Segment
+from ..errors import RecipeError, UnsupportedModelError
+from ..store import LOGITS, ExtraArray, KVGeometry, Segment
 from ..tap import KVTap, decoder, sliding_window
 from .rope import RotaryTable, rotary_tables
 from .tokens import Tokens
@@ -31,10 +31,16 @@ CONFIDENCE: Final = ("nats", "predicted_tokens", "text_bytes", "entropy")
 Extras = dict[str, np.ndarray[Any, Any]]
 
 
-def signal_arrays(geometry: KVGeometry, *, importance: bool, confidence: bool) -> dict[str, ExtraArray]:
+def signal_arrays(
+    geometry: KVGeometry, *, importance: bool, confidence: bool, logits: int | None = None
+) -> dict[str, ExtraArray]:
     """The extra arrays of a capture with these signals."""
     heads = (geometry.num_layers, geometry.num_key_value_heads)
     found = {"importance": ExtraArray(axis="row", dtype="float32", shape=heads)} if importance else {}
+    if logits is not None:
+        shapes = (("int32", (logits,)), ("float32", (logits,)), ("float32", ()))
+        kinds = [ExtraArray.model_validate({"axis": "row", "dtype": dtype, "shape": shape}) for dtype, shape in shapes]
+        found |= dict(zip(LOGITS, kinds, strict=True))
     return found | (dict.fromkeys(CONFIDENCE, ExtraArray(axis="sample", dtype="float64")) if confidence else {})
 
 
@@ -43,15 +49,20 @@ class Signals:
     """Computes the signals of a model's forward passes.
 
     Raises:
-        UnsupportedModelError: with `confidence`, if it is not known what the model does to its logits.
+        UnsupportedModelError: with `confidence` or `logits`, if it is not known what the model does to its logits.
+        RecipeError: if there are not so many `logits`.
     """
 
     model: Any
     importance: bool = False
     confidence: bool = False
+    logits: int | None = None
+    """How many of the likeliest next tokens are kept of every token's distribution."""
 
     def __post_init__(self) -> None:
-        if self.confidence:
+        if self.logits is not None and self.logits > (vocabulary := int(self.model.config.vocab_size)):
+            raise RecipeError(f"extract.logits: {self.logits} is more than the {vocabulary} that the model has")
+        if self.confidence or self.logits is not None:
             self._prove_head()
         self._tables = lru_cache(maxsize=32)(self._read_tables)
 
@@ -68,7 +79,7 @@ class Signals:
 
         Returns:
             For each sample, in float32: `importance` `[rationale tokens, l, h]`, not there without rationale or answer;
-            `nll` and `entropies` `[predicted tokens]`.
+            `nll` and `entropies` `[predicted tokens]`; `LOGITS` `[t, k]` or `[t]`, ids in int64.
         """
         found: list[dict[str, torch.Tensor]] = [{} for _ in batch]
         if self.importance:
@@ -82,6 +93,9 @@ class Signals:
                 targets = _index(tokens.input_ids[places], hidden)
                 before = hidden[row, _index(places - 1 + cut.start, hidden)]
                 found[row]["nll"], found[row]["entropies"] = self._losses(before, targets)
+        if self.logits is not None:
+            for row, cut in enumerate(cuts):
+                found[row] |= dict(zip(LOGITS, self._likeliest(hidden[row, cut], self.logits), strict=True))
         return found
 
     def extras(self, tokens: Tokens, found: dict[str, torch.Tensor], geometry: KVGeometry) -> Extras:
@@ -102,6 +116,9 @@ class Signals:
                 entropies.mean() if len(places) else np.nan,
             )
             out |= {name: np.asarray(float(number)) for name, number in zip(CONFIDENCE, numbers, strict=True)}
+        if self.logits is not None:
+            out |= {name: found[name].numpy() for name in LOGITS}
+            out["logit_ids"] = out["logit_ids"].astype(np.int32)
         return out
 
     def _attention(
@@ -140,6 +157,20 @@ class Signals:
             entropies.append(-(logs.exp() * logs).sum(-1))
         return torch.cat(losses), torch.cat(entropies)
 
+    def _likeliest(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, ...]:
+        """What `LOGITS` says, of the next-token distributions at `hidden` `[n, hidden_size]`."""
+        import torch
+
+        rows = max(1, BLOCK_BYTES // (4 * int(self.model.config.vocab_size)))
+        blocks = []
+        for first in range(0, len(hidden), rows):
+            logs = self._logits(hidden[first : first + rows]).log_softmax(-1)
+            best = logs.topk(k)
+            # Summed, not one minus the others: of a sure teacher that difference would be nothing but rounding.
+            tail = logs.scatter(1, best.indices, float("-inf")).logsumexp(-1)
+            blocks.append((best.indices, best.values, tail))
+        return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
+
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The model's logits in float32: its head, and what its config says is done to them."""
         import torch
@@ -165,7 +196,7 @@ class Signals:
         if (own - found).abs().max() > 0.02 * own.abs().max():
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} does something to its logits that kava does not know; "
-                "set extract.confidence: false"
+                "set extract.confidence: false, and leave extract.logits out"
             )
 
     def _read_tables(self, count: int) -> list[RotaryTable]:

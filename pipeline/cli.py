@@ -16,7 +16,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import EXIT_FAULT, EXIT_RETRY, KavaError, RecipeError
+from ..errors import EXIT_FAULT, EXIT_RETRY, KavaError, RecipeError, StageError
 from .cli_results import compare, print_table
 from .cli_store import Overrides, RecipePath, Scheduler, err, out, repair, transcode, verify
 from .commands.choose import check_stage, choose_stages
@@ -179,7 +179,7 @@ def fuse(recipe: RecipePath, overrides: Overrides = None, force: Force = False, 
 
 @app.command()
 def train(recipe: RecipePath, overrides: Overrides = None, force: Force = False) -> None:
-    """Train the student on cached targets; no teacher is loaded."""
+    """Train the student on cached targets; no teacher is loaded. Under torchrun on several devices."""
     _run(_load(recipe, overrides), ["train"], frozenset({"train"} if force else ()), None)
 
 
@@ -285,7 +285,10 @@ def _fail(message: str, code: int, error: BaseException) -> None:
         import traceback
 
         traceback.print_exception(error)
-    err.print(f"kava: {message}", style="red", markup=False)
+    rank = os.environ.get("RANK", "0")
+    # Of several processes that train together the first tells what all have agreed on, and each what is its own.
+    if rank == "0" or not getattr(error, "agreed", False):
+        err.print(f"kava: {message}" if rank == "0" else f"kava: rank {rank}: {message}", style="red", markup=False)
     sys.exit(code)
 
 
@@ -310,12 +313,27 @@ def _run(
 
 
 def _make(stages: Any, force: frozenset[str], scheduler: str | None) -> None:
+    from ..train.ranks import Ranks
     from .stages import run_stages
 
     def say(label: str, line: str) -> None:
         out.print(f"{label + ':':<18} {line}", markup=False)
 
-    run_stages(stages, force=force, scheduler=scheduler, say=say)
+    _one_process({stage.name for stage in stages} - {"train"})
+    ranks = Ranks.join(use_cpu=any(stage.run.recipe.train.arguments.get("use_cpu") for stage in stages))
+    run_stages(stages, force=force, scheduler=scheduler, say=say, ranks=ranks)
+    ranks.leave()
+
+
+def _one_process(stages: set[str]) -> None:
+    """Several processes train one student; what else they would do, each would do on its own, in the others' way."""
+    from ..train.ranks import num_processes
+
+    if stages and num_processes() > 1:
+        raise StageError(
+            f"torchrun is for kava train: {', '.join(sorted(stages))} would run {num_processes()} times; run it alone "
+            "first"
+        )
 
 
 def _teachers(loaded: Any, only: str | None) -> list[str]:

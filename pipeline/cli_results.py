@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import RecipeError
+from ..errors import RecipeError, StageError
 from .cli_store import Overrides, RecipePath, out
 
 
@@ -27,6 +27,7 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary for programs.")] = False,
 ) -> None:
     """Train arms and seeds of one recipe at equal steps and batches, and compare them on held-out samples."""
+    from ..train.ranks import num_processes
     from .compare_stage import SUMMARY, arm_stages, save_summary
     from .recipe import load_recipe
     from .run import Run
@@ -34,6 +35,11 @@ def compare(
 
     loaded = Run(load_recipe(recipe, overrides or ()))
     stages: list[Any] = list(arm_stages(loaded, arm, seed))
+    if (count := num_processes()) > 1:
+        raise StageError(
+            f"torchrun is for kava train: each training of a comparison would run {count} times; give every device "
+            "one of its own, with --arm and --seed"
+        )
     if force and no_train:
         raise RecipeError("--force goes without --no-train")
 

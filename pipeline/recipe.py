@@ -31,7 +31,7 @@ from ..extract.vllm.settings import EngineSettings
 from ..store import CODECS, LOSSY, KVGeometry
 from ..store.files import write_atomic
 from ..train.arms import CompareSettings
-from ..train.settings import StudentSettings, TrainSettings
+from ..train.settings import ByteLevelBPE, StudentSettings, TrainSettings
 from .fuse.rules import RULES, Weighting
 from .maps.heads import HEAD_MAPS, RIDGE
 from .maps.resample import RESAMPLERS
@@ -76,6 +76,8 @@ class ExtractSettings(CaptureSettings):
     """Also capture how much the answer attends to each rationale token, per layer and KV head. Part of the content."""
     confidence: bool = False
     """Also capture each sample's loss and mean entropy under the teacher. Part of the content."""
+    logits: PositiveInt | None = None
+    """Also capture so many of the likeliest next tokens after each token, and how likely. Part of the content."""
     generate: GenerateSettings | None = None
     """Let a teacher write the rationales first."""
 
@@ -251,7 +253,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _fits_the_backend(self) -> Self:
-        for signal in ("importance", "confidence"):
+        for signal in ("importance", "confidence", "logits"):
             if self.extract.backend == "vllm" and getattr(self.extract, signal):
                 raise ValueError(f"extract.{signal} needs extract.backend: hf; under vLLM it is not captured")
         for name, teacher in self.teachers.items():
@@ -288,10 +290,24 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
-    def _arms_can_be_trained(self) -> Self:
-        if self.compare is not None:
-            self.compare.resolve(self.train)
+    def _captures_logits_that_are_trained_on(self) -> Self:
+        arms = [] if self.compare is None else self.compare.resolve(self.train)
+        for settings in (self.train, *(arm.settings(self.train, 0, 1) for arm in arms)):
+            self._check_logits(settings)
         return self
+
+    def _check_logits(self, train: TrainSettings) -> None:
+        if train.logits is None:
+            return
+        if self.extract.logits is None:
+            raise ValueError("train.logits needs extract.logits: how many next tokens are captured, for example 64")
+        if isinstance(self.student.tokenizer, ByteLevelBPE):
+            raise ValueError(
+                "train.logits needs the teacher's tokenizer; student.tokenizer is one trained on the corpus"
+            )
+        named = train.teacher
+        if self.fuse is not None and (named == self.fuse.name or (named is None and len(self.teachers) > 1)):
+            raise ValueError("train.logits: fused targets have none; name one teacher in train.teacher")
 
     @property
     def fused_teachers(self) -> list[str]:

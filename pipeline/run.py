@@ -10,20 +10,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import AlignmentError, CorpusError, ModelNotFoundError, StageError
+from ..errors import AlignmentError, StageError
 from ..extract import Corpus, CorpusSettings, Encoder, load_corpus
 from ..extract.corpus import HeldoutSettings
 from ..extract.generate import GenerateSettings
 from ..extract.signals import signal_arrays
 from ..hub import (
     ModelSource,
-    chat_template_digest,
     config_geometry,
     find_model,
     load_tokenizer,
     model_geometry,
     model_identity,
-    tokenizer_digest,
+    token_digests,
     weights_digest,
 )
 from ..store import KVGeometry, KVStore, Manifest, ModelIdentity, Split, digest_json
@@ -119,27 +118,6 @@ class Run(Places):
     def _calibration(self) -> tuple[list[int], list[int]]:
         project, train = self.recipe.project, self.corpus.split(Split.TRAIN)
         return draw_calibration(train, len(self.corpus), self._part_size, project.calibration_samples, project.seed)
-
-    def refuse_misfits(self, name: str) -> None:
-        """Finds out before a capture what would be found out after it, as far as the shapes tell.
-
-        Raises:
-            AlignmentError: if the projection that the recipe asks for cannot be made for this teacher and student.
-        """
-        if not self.corpus.split(Split.TRAIN):
-            raise CorpusError(f"corpus {self.recipe.corpus.path}: every sample is held out, none is left to train on")
-        try:
-            source, target = self.teacher_geometry(name), self.planned_student_geometry()
-        except ModelNotFoundError:  # The student may be on another machine.
-            return
-        project = self.recipe.project
-        layers = layer_map(project.layers, source.num_layers, target.num_layers)
-        alike = source.shape[1:] == target.shape[1:] and all(len(s) == 1 for s in layers or [[0]])
-        if project.heads == "identity" and not alike:
-            raise AlignmentError(
-                f"project.heads: identity needs equal heads and head_dim and one teacher layer for each, not {source} "
-                f"onto {target}; use procrustes, cca or pca"
-            )
 
     @property
     def _part_size(self) -> int:
@@ -270,7 +248,7 @@ class Run(Places):
     def teacher_manifest(self, name: str) -> Manifest:
         """The manifest of a teacher's capture."""
         settings, source, extract = self.teacher(name), self.teacher_source(name), self.recipe.extract
-        tokenizer = load_tokenizer(source)
+        tokens = token_digests(source, chat_template=settings.chat_template)
         quantization = settings.engine.quantization
         geometry = self.teacher_geometry(name)
         return self._manifest(
@@ -279,10 +257,12 @@ class Run(Places):
             geometry=geometry,
             dtype=extract.dtype,
             codec=extract.codec,
-            extras=signal_arrays(geometry, importance=extract.importance, confidence=extract.confidence),
+            extras=signal_arrays(
+                geometry, importance=extract.importance, confidence=extract.confidence, logits=extract.logits
+            ),
             model=self.teacher_identity(name),
-            tokenizer_digest=tokenizer_digest(tokenizer),
-            chat_template_digest=chat_template_digest(tokenizer) if settings.chat_template else None,
+            tokenizer_digest=tokens[0],
+            chat_template_digest=tokens[1],
         )
 
     def parent_manifest(self, name: str) -> Manifest:
@@ -318,7 +298,7 @@ class Run(Places):
             model=parent.model,
             samples_per_part=parent.samples_per_part,
             parameters={"resample": self.resampling},
-            extras=inherited_extras(parent),
+            teacher=parent,
             parents={"teacher": parent.fingerprint},
         )
 
@@ -348,7 +328,7 @@ class Run(Places):
             model=parent.model,
             samples_per_part=parent.samples_per_part,
             parameters={"resample": self.resampling, "project": fit},
-            extras=inherited_extras(parent),
+            teacher=parent,
             parents=parents,
         )
 
@@ -402,14 +382,11 @@ class Run(Places):
         view.check()
         return view
 
-    def _student_manifest(self, **fields: Any) -> Manifest:
-        tokenizer = load_tokenizer(self.student_source)
-        wrapped = self.recipe.student.chat_template
-        return self._manifest(
-            tokenizer_digest=tokenizer_digest(tokenizer),
-            chat_template_digest=chat_template_digest(tokenizer) if wrapped else None,
-            **fields,
-        )
+    def _student_manifest(self, teacher: Manifest | None = None, **fields: Any) -> Manifest:
+        tokens = token_digests(self.student_source, chat_template=self.recipe.student.chat_template)
+        if teacher is not None:
+            fields["extras"] = inherited_extras(teacher, *tokens)
+        return self._manifest(tokenizer_digest=tokens[0], chat_template_digest=tokens[1], **fields)
 
     def _manifest(self, **fields: Any) -> Manifest:
         pages = default_page_tokens(fields["geometry"], dtype_of(fields["dtype"]).itemsize, fields["codec"])

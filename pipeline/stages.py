@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from ..hub import load_tokenizer
 from ..progress import progress
 from ..store import Split
 from ..store.files import write_atomic
+from ..train.ranks import Ranks
 from ..train.settings import TrainSettings
 from .fuse.stage import fuse_stage
 from .generate_stage import GenerateStage
@@ -62,6 +65,8 @@ class TrainStage(Stage):
     """A trained student."""
 
     name = "train"
+    ranks = Ranks()
+    """The processes that train together."""
 
     @property
     def costly(self) -> bool:
@@ -105,20 +110,25 @@ class TrainStage(Stage):
         run = self.run
         store, settings = self.targets(), self.settings
         record: dict[str, Any] = {"key": self.key(), "targets": store.manifest.fingerprint}
-        with progress(f"{self.label} {settings.name}", settings.max_steps, "steps") as advance:
-            # The record without metrics marks a training that was begun; the next call goes on with it.
-            write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
-            run.recipe.save(self.output / "recipe.yaml")
+        advance: Callable[[int], None] | None = None
+        with ExitStack() as stack:
+            if self.ranks.is_first:
+                advance = stack.enter_context(progress(f"{self.label} {settings.name}", settings.max_steps, "steps"))
+                # The record without metrics marks a training that was begun; the next call goes on with it.
+                write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
+                run.recipe.model_copy(update={"train": settings}).save(self.output / "recipe.yaml")
             result = train_student(
                 run.student_dir,
                 store,
                 self.output,
                 settings,
                 corpus_digest=run.corpus.digest,
-                on_step=lambda step, total: advance(1),
+                on_step=lambda step, total: advance(1) if advance else None,
+                ranks=self.ranks,
             )
         record |= {"name": settings.name, "alpha": result.alpha, "steps": result.steps, "metrics": result.metrics}
-        write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
+        if self.ranks.is_first:
+            write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
         return result_line(record)
 
 
@@ -147,6 +157,7 @@ def run_stages(
     force: frozenset[str] = frozenset(),
     scheduler: str | None = None,
     say: Callable[[str, str], None] = lambda label, line: None,
+    ranks: Ranks | None = None,
 ) -> None:
     """Makes what is missing of each stage, in order.
 
@@ -155,33 +166,46 @@ def run_stages(
         force: names of stages whose output is thrown away first.
         scheduler: see `run_parts`.
         say: called with a stage's label and what became of it.
+        ranks: the processes that train together, of which the first decides and speaks; None for this one alone.
 
     Raises:
         StageError: if a stage's inputs are missing, or a costly output is stale and not forced.
         DamagedStoreError: if a stage's output, or what it reads, is not as it was written.
     """
+    ranks = ranks or Ranks()
     for stage in stages:
-        if stage.name in force:
-            stage.check()
-            stage.discard()
-        status = stage.status()
-        if status.state == "complete":
-            say(stage.label, f"up to date ({status.detail})")
+        if isinstance(stage, TrainStage):
+            stage.ranks = ranks
+        if not ranks.first(partial(_is_to_make, stage, force, say)):
             continue
-        if status.state == "blocked":
-            raise StageError(status.detail)
-        if status.state == "damaged":
-            raise DamagedStoreError(f"{stage.label}: {status.detail}; kava repair makes what is damaged again")
-        if status.state == "stale":
-            if stage.costly:
-                raise StageError(
-                    f"{stage.label}: {stage.output} is stale ({status.detail}); add --force {stage.name} to make it "
-                    "again, or write elsewhere (run_dir, train.name)"
-                )
-            say(stage.label, f"stale ({status.detail}), made again")
-            stage.check()
-            stage.discard()
-        say(stage.label, stage.make(scheduler))
+        line = stage.make(scheduler)
+        if ranks.is_first:
+            say(stage.label, line)
+
+
+def _is_to_make(stage: Stage, force: frozenset[str], say: Callable[[str, str], None]) -> bool:
+    """Whether anything of a stage's output is missing; what is in the way of that is thrown away."""
+    if stage.name in force:
+        stage.check()
+        stage.discard()
+    status = stage.status()
+    if status.state == "complete":
+        say(stage.label, f"up to date ({status.detail})")
+        return False
+    if status.state == "blocked":
+        raise StageError(status.detail)
+    if status.state == "damaged":
+        raise DamagedStoreError(f"{stage.label}: {status.detail}; kava repair makes what is damaged again")
+    if status.state == "stale":
+        if stage.costly:
+            raise StageError(
+                f"{stage.label}: {stage.output} is stale ({status.detail}); add --force {stage.name} to make it "
+                "again, or write elsewhere (run_dir, train.name)"
+            )
+        say(stage.label, f"stale ({status.detail}), made again")
+        stage.check()
+        stage.discard()
+    return True
 
 
 def result_line(record: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from ..store import KVStore, Manifest, digest_json
 from .direct import capture_targets
 from .maps.project import fit_projector
 from .maps.projector import Projector
+from .misfits import refuse_misfits
 from .parallel import run_parts
 from .run import Run
 from .stage import Stage, Status
@@ -124,7 +125,7 @@ class ExtractStage(StoreStage):
 
     def make(self, scheduler: str | None) -> str:
         """Runs the teacher over the parts that are missing."""
-        self.run.refuse_misfits(self._teacher)
+        refuse_misfits(self.run, self._teacher)
         store = KVStore.create(self.output, self.manifest())
         with open_teacher(self.run, self._teacher) as teacher:
             _capture(self, store, self.run.corpus, self.run.teacher_encoder(self._teacher), teacher)

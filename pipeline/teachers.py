@@ -53,4 +53,5 @@ def _open(run: Run, name: str, *, decoding: bool) -> HFTeacher | VLLMTeacher:
         batch_tokens=recipe.extract.batch_tokens,
         importance=recipe.extract.importance and not decoding,
         confidence=recipe.extract.confidence and not decoding,
+        logits=None if decoding else recipe.extract.logits,
     )

@@ -7,17 +7,17 @@ the parent part, so that a part captured again makes exactly its own targets sta
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import StageError
+from ..errors import AlignmentError, StageError
 from ..extract import Corpus, CorpusSettings, Encoder, load_corpus
 from ..hub import ModelSource, find_model, load_tokenizer
-from ..store import Derive, ExtraArray, KVSample, KVStore, Manifest, Split
+from ..store import LOGITS, Derive, ExtraArray, KVSample, KVStore, Manifest, Split
 from ..store.fingerprint import file_stamp
 from .maps.moments import Pair
 from .maps.projector import Projector
@@ -59,13 +59,16 @@ class Transform:
         """
         parent, out = KVStore.open(self.parent), open_unchanged(self.out, self.fingerprint)
         reader, derive = parent.part(part), self.derive(parent.manifest)
+        rows = [name for name, kind in out.manifest.extras.items() if kind.axis == "row"]
         with out.write_part(part) as writer:
             for position in reader.order:
                 if position in reader.failed:
                     split = Split(int(reader.splits[position]))
                     writer.fail(position, reader.ids[position], split, reader.failed[position])
                     continue
-                made, met = derive(reader.sample(position, extras=False))
+                source = reader.sample(position, extras=False)
+                carried = source.extras | {name: reader.read(name, position) for name in rows}
+                made, met = derive(replace(source, extras=carried))
                 writer.append(position, made, coverage=None if self.resampler is None else met)
             # On the parent's own time axis, how that one met the teacher's is what there is to know.
             known = reader.coverage if self.resampler is None else None
@@ -90,7 +93,7 @@ class Transform:
         projector = None if self.projector is None else load_projector(self.projector)
         if projector is not None and projector.card.get("made_for") != self.fingerprint:
             raise StageError(f"{self.projector} was replaced by that of another run meanwhile; run one at a time")
-        signals = inherited_extras(parent)
+        extras = open_unchanged(self.out, self.fingerprint).manifest.extras
         records = {record.sample_id: record for record in corpus.records}
 
         def derived(source: KVSample) -> tuple[KVSample, np.ndarray[Any, Any]]:
@@ -107,7 +110,7 @@ class Transform:
                 spans=tokens.spans,
                 segments=tokens.segments,
                 mask=time.mask,
-                extras={name: source.extras[name] for name in signals},
+                extras={name: carried_over(source, name, kind, tokens) for name, kind in extras.items()},
             )
             return made, coverage(time, source, tokens)
 
@@ -136,9 +139,35 @@ def open_unchanged(path: str, fingerprint: str) -> KVStore:
     return store
 
 
-def inherited_extras(parent: Manifest) -> dict[str, ExtraArray]:
-    """What a derived store takes over: what is known of whole samples, whatever their tokens."""
-    return {name: kind for name, kind in parent.extras.items() if kind.axis == "sample"}
+def inherited_extras(
+    parent: Manifest, tokenizer_digest: str, chat_template_digest: str | None
+) -> dict[str, ExtraArray]:
+    """What a store on a student's tokens takes over of a teacher's.
+
+    What is known of whole samples, whatever their tokens; and the teacher's logits where its tokens are the student's.
+
+    Args:
+        parent: the teacher's.
+        tokenizer_digest: of the student's tokenizer.
+        chat_template_digest: of the template that the student's samples are wrapped in.
+    """
+    same = (parent.tokenizer_digest, parent.chat_template_digest) == (tokenizer_digest, chat_template_digest)
+    return {name: kind for name, kind in parent.extras.items() if kind.axis == "sample" or (same and name in LOGITS)}
+
+
+def carried_over(source: KVSample, name: str, kind: ExtraArray, tokens: Tokens) -> np.ndarray[Any, Any]:
+    """An extra array of `source` for the student's tokens: those of the teacher, and an end of sequence behind them.
+
+    Raises:
+        AlignmentError: if they are others.
+    """
+    array = source.extras[name]
+    if kind.axis == "sample":
+        return array
+    further = len(tokens) - len(source)
+    if further < 0 or (tokens.input_ids[: len(source)] != source.input_ids).any():
+        raise AlignmentError(f"sample {source.sample_id!r}: its {name} are of other tokens than the student's")
+    return np.concatenate([array, np.full((further, *kind.shape), kind.fill_value, kind.dtype)])
 
 
 def transformed(source: KVSample, time: TimeMap, projector: Projector | None) -> Pair:

@@ -7,7 +7,7 @@ See `docs/store-format.md`.
 
 from .codec import CODECS, Codec
 from .dtypes import DTYPES, DType
-from .extras import ExtraArray
+from .extras import LOGITS, ExtraArray
 from .fingerprint import cache_folder, digest_file, digest_json
 from .geometry import KVGeometry
 from .manifest import FORMAT_VERSION, Manifest, ModelIdentity, default_page_tokens, library_versions
@@ -23,6 +23,7 @@ __all__ = [
     "CODECS",
     "DTYPES",
     "FORMAT_VERSION",
+    "LOGITS",
     "LOSSY",
     "SEGMENTS",
     "SPLITS",

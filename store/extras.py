@@ -24,6 +24,11 @@ RESERVED: Final = frozenset(
 """Names of the arrays that every part has."""
 
 
+LOGITS: Final = ("logit_ids", "logprobs", "logprob_tail")
+"""Of rows: the likeliest next tokens `[k]`, likeliest first, their log-probabilities `[k]` in nats over the whole
+vocabulary, and that of all others together. Id -1 and NaN where the teacher read no such token."""
+
+
 class ExtraArray(BaseModel):
     """What an extra array looks like."""
 

@@ -60,6 +60,16 @@ def reading(path: Path) -> Iterator[None]:
         raise DamagedStoreError(f"{path}: cannot be read: {reason}") from error
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """The descriptor of a file that is only read: Python's own file objects cost ten times as much to make."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
 def write_protect(root: Path) -> None:
     """Takes the right to write from every file below `root`: an editor or a stray `>` then fails at once.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class PartReader:
         """
         self.root, self.manifest, self.index, self._check = root, manifest, index, check
         self.path = root / "parts" / part_name(index)
+        self._header = self.path / "zarr.json"
         self._stamp = self._found_stamp()
         self.attributes = read_table(root, manifest, index, self.path)
         self._dtype, self._quantizer = dtype_of(manifest.dtype), LOSSY.get(manifest.codec)
@@ -81,7 +83,7 @@ class PartReader:
         found: list[list[int]] | None = self.attributes.get("coverage")
         return found
 
-    @property
+    @cached_property
     def failed(self) -> dict[int, str]:
         """Positions of failed samples, with the reason."""
         return {int(position): reason for position, reason in self.attributes["failed"].items()}
@@ -122,23 +124,34 @@ class PartReader:
         kinds = {name: kind for name, kind in self.manifest.extras.items() if kind.axis == "sample"}
         return {name: self._array(name, len(self), kind.numpy, kind.shape) for name, kind in kinds.items()}
 
-    def sample(self, position: int, *, keys: bool = True, values: bool = True, extras: bool = True) -> KVSample:
+    def sample(
+        self,
+        position: int,
+        *,
+        keys: bool = True,
+        values: bool = True,
+        extras: bool = True,
+        layers: Sequence[int] | None = None,
+    ) -> KVSample:
         """One sample; keys, values and extra arrays of rows are read and decoded only if asked for.
+
+        Args:
+            position: in this part.
+            keys: whether to read the keys.
+            values: whether to read the values.
+            extras: whether to read extra arrays of rows.
+            layers: which layers of keys and values to hand out, in this order; None for all.
 
         Raises:
             SampleFailedError: if it was recorded as failed.
             DamagedStoreError: if its bytes are damaged.
+            StoreError: if it has no such layers.
         """
-        if position in self.failed:
-            raise SampleFailedError(f"{self.root}: sample {self.ids[position]!r} failed: {self.failed[position]}")
-        start, length = int(self.starts[position]), int(self.lengths[position])
-        if length < 1:
-            raise DamagedStoreError(
-                f"{self.path}: sample {self.ids[position]!r} has no rows and is not among the failed"
-            )
+        length, start = self.tokens(position), int(self.starts[position])
         rows = {name: array[start : start + length] for name, array in self.rows.items()}
         kv = {
-            name: self.read(name, position) if wanted else None for name, wanted in zip(KV, (keys, values), strict=True)
+            name: self.read(name, position, layers) if wanted else None
+            for name, wanted in zip(KV, (keys, values), strict=True)
         }
         return KVSample(
             sample_id=self.ids[position],
@@ -149,22 +162,103 @@ class PartReader:
             **rows,
         )
 
-    def read(self, name: str, position: int) -> np.ndarray[Any, Any]:
+    def tokens(self, position: int) -> int:
+        """Tokens of a sample that has keys and values.
+
+        Raises:
+            SampleFailedError: if it was recorded as failed.
+            DamagedStoreError: if it has none and was not.
+        """
+        if position in self.failed:
+            raise SampleFailedError(f"{self.root}: sample {self.ids[position]!r} failed: {self.failed[position]}")
+        if self.lengths[position] < 1:
+            raise DamagedStoreError(
+                f"{self.path}: sample {self.ids[position]!r} has no rows and is not among the failed"
+            )
+        return int(self.lengths[position])
+
+    def read(self, name: str, position: int, layers: Sequence[int] | None = None) -> np.ndarray[Any, Any]:
         """`keys` or `values` of one sample as the on-disk array `[t, l, h, d]`, or an extra array of its rows."""
-        if self._stamp != self._found_stamp():
-            raise StoreError(f"{self.path} was written again since it was opened; open the store again")
+        _, length = self._place(position)
+        entry, dtype = self._entry(name)
+        layers = self._known(layers)
+        out = np.empty((length, *(entry if layers is None else (len(layers), *entry[1:]))), dtype)
+        self._fill(name, position, out, layers)
+        return out
+
+    def read_into(
+        self, name: str, position: int, out: np.ndarray[Any, Any], layers: Sequence[int] | None = None
+    ) -> int:
+        """Reads `keys` or `values` of one sample to the front of an array that is there already; no copy is made.
+
+        A page is decoded whole, for so it was compressed and checksummed: `layers` spares the copying of the others,
+        and of a lossy codec their dequantising. Beside `out`, each thread keeps a page and its chunk, and no more.
+
+        Args:
+            name: `keys` or `values`.
+            position: in this part.
+            out: `[>=t, l, h, d]` in the on-disk dtype (`DType.to_numpy` of a tensor shares its memory); fastest if
+                C-contiguous. Rows behind the sample's end are left as they are.
+            layers: which layers of the store `out` holds, in this order; None for all.
+
+        Returns:
+            The tokens of the sample.
+
+        Raises:
+            SampleFailedError: if it was recorded as failed.
+            DamagedStoreError: if its bytes are damaged; `out` holds some of the rows then.
+            StoreError: if `out` does not fit, there are no such layers, or the part was written again since.
+        """
+        length, layers = self.tokens(position), self._known(layers)
+        (_, *inner), dtype = self._entry(name)
+        entry = (self.manifest.geometry.num_layers if layers is None else len(layers), *inner)
+        if out.dtype != np.dtype(dtype) or out.shape[1:] != entry or len(out) < length:
+            raise StoreError(
+                f"{self.path}: {name} of sample {self.ids[position]!r} are {dtype} {(length, *entry)}, "
+                f"there is room for {out.dtype} {out.shape}"
+            )
+        self._fill(name, position, out[:length], layers)
+        return length
+
+    def _fill(self, name: str, position: int, out: np.ndarray[Any, Any], layers: Sequence[int] | None) -> None:
+        start, length = self._place(position)
         page = self.manifest.page_tokens
-        start, length = int(self.starts[position]), int(self.lengths[position])
-        if start % page or min(start, length) < 0 or start + length > self.attributes["num_rows"]:
-            raise DamagedStoreError(f"{self.path}: sample {self.ids[position]!r} has rows outside the part")
-        first, count = start // page, -(-length // page)
         if self._quantizer is None or name not in KV:
-            return self.pages[name].read(first, count)[:length]
+            self.pages[name].read_into(start // page, out, layers)
+            return
         stored = {
-            array: self.pages[array].read(first, min(1, count) if array.endswith("_exact") else count)
+            array: np.empty(self.pages[array].array.page_shape, self.pages[array].array.dtype)
             for array in self._quantizer.arrays(name, self.manifest.geometry.shape, page, self._dtype)
         }
-        return self._quantizer.decode(name, stored, length, page, self._dtype)
+        for number, first in enumerate(range(0, length, page)):
+            if number:  # Only the first page of a sample has exact tokens.
+                stored.pop(f"{name}_exact", None)
+            for array, rows in stored.items():
+                self.pages[array].read_into(start // page + number, rows)
+            self._quantizer.decode_page(name, stored, out[first : first + page], page, self._dtype, layers)
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """First row and number of rows of a sample."""
+        if self._stamp != self._found_stamp():
+            raise StoreError(f"{self.path} was written again since it was opened; open the store again")
+        start, length = int(self.starts[position]), int(self.lengths[position])
+        if start % self.manifest.page_tokens or min(start, length) < 0 or start + length > self.attributes["num_rows"]:
+            raise DamagedStoreError(f"{self.path}: sample {self.ids[position]!r} has rows outside the part")
+        return start, length
+
+    def _entry(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape of a row of an array, and its on-disk dtype."""
+        if name in KV:
+            return self.manifest.geometry.shape, self._dtype.numpy
+        return self.pages[name].array.page_shape[1:], self.pages[name].array.dtype
+
+    def _known(self, layers: Sequence[int] | None) -> list[int] | None:
+        if layers is None:
+            return None
+        found, there = [int(layer) for layer in layers], self.manifest.geometry.num_layers
+        if not found or min(found) < 0 or max(found) >= there:
+            raise StoreError(f"{self.root} has the layers 0 to {there - 1}, asked for {found}")
+        return found
 
     def _extras(self, position: int, *, rows: bool) -> dict[str, np.ndarray[Any, Any]]:
         return {
@@ -196,6 +290,6 @@ class PartReader:
 
     def _found_stamp(self) -> tuple[int, ...]:
         try:
-            return file_stamp(self.path / "zarr.json")
+            return file_stamp(self._header)
         except OSError:
             return ()

@@ -9,7 +9,7 @@ are kept as they are. Rows behind a sample's end have no part in any scale.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -117,20 +117,52 @@ class Quantizer:
             page: tokens of a page.
             dtype: of the store.
         """
-        import torch
-
         first_rows = arrays[f"{name}_exact"]
         out = np.empty((tokens, *first_rows.shape[1:]), dtype.numpy)
-        numbers, exact = dtype.to_torch(out), min(tokens, _exact(page))
-        scales, lows = (dtype.to_torch(arrays[f"{name}_{what}"]).float() for what in ("scale", "min"))
-        codes = torch.from_numpy(arrays[f"{name}_q"])
         for number, first in enumerate(range(0, tokens, page)):
-            rows = slice(first, min(first + page, tokens))
-            where = slice(number, number + 1) if name == "keys" else rows
-            scale, low = (t[where] if name == "keys" else t[where].unsqueeze(-1) for t in (scales, lows))
-            numbers[rows] = self._unpack(codes[rows], out.shape[-1]).mul_(scale).add_(low)
-        out[:exact] = first_rows[:exact]
+            stop, steps = first + page, slice(number, number + 1) if name == "keys" else slice(first, first + page)
+            stored = {
+                f"{name}_q": arrays[f"{name}_q"][first:stop],
+                f"{name}_scale": arrays[f"{name}_scale"][steps],
+                f"{name}_min": arrays[f"{name}_min"][steps],
+            }
+            if not first:
+                stored[f"{name}_exact"] = first_rows
+            self.decode_page(name, stored, out[first:stop], page, dtype)
         return out
+
+    def decode_page(
+        self,
+        name: str,
+        arrays: Mapping[str, np.ndarray[Any, Any]],
+        out: np.ndarray[Any, Any],
+        page: int,
+        dtype: DType,
+        layers: Sequence[int] | None = None,
+    ) -> None:
+        """Decodes the rows of one page.
+
+        Args:
+            name: `keys` or `values`.
+            arrays: the page's, with `{name}_exact` for the first page of a sample alone.
+            out: the first rows of the page `[t, l, h, d]`, on-disk dtype.
+            page: tokens of a page.
+            dtype: of the store.
+            layers: which of the layers `out` holds; None for all.
+        """
+        import torch
+
+        tokens, numbers = len(out), dtype.to_torch(out)
+        scale, low = (dtype.to_torch(arrays[f"{name}_{what}"])[:tokens] for what in ("scale", "min"))
+        codes = torch.from_numpy(arrays[f"{name}_q"])[:tokens]
+        if layers is not None:
+            scale, low, codes = (t[:, list(layers)] for t in (scale, low, codes))
+        if name == "values":
+            scale, low = scale.unsqueeze(-1), low.unsqueeze(-1)
+        numbers.copy_(self._unpack(codes, out.shape[-1]).mul_(scale.float()).add_(low.float()))
+        if (first_rows := arrays.get(f"{name}_exact")) is not None:
+            exact = min(tokens, _exact(page))
+            out[:exact] = first_rows[:exact] if layers is None else first_rows[:exact, list(layers)]
 
     def round_trip(self, name: str, tensor: torch.Tensor, page: int, dtype: DType) -> torch.Tensor:
         """What a store hands out of the `keys` or `values` `[t, l, h, d]` that were written to it."""

@@ -7,11 +7,13 @@ and is the oracle in the tests.
 
 from __future__ import annotations
 
+import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -19,7 +21,8 @@ import numpy as np
 
 from ..errors import DamagedStoreError
 from .codec import Codec, crc32c
-from .files import reading
+from .files import opened, reading
+from .scratch import scratch
 
 SHARD_BYTES: Final = 128 << 20
 """Raw bytes per shard, at most."""
@@ -47,12 +50,12 @@ class PagedArray:
     axes: tuple[str, ...] = ()
     """Dimension names."""
 
-    @property
+    @cached_property
     def page_bytes(self) -> int:
         """Raw bytes of one page."""
-        return int(np.prod(self.page_shape)) * np.dtype(self.dtype).itemsize
+        return math.prod(self.page_shape) * np.dtype(self.dtype).itemsize
 
-    @property
+    @cached_property
     def pages_per_shard(self) -> int:
         """Chunks in one shard."""
         return max(1, min(SHARD_PAGES, SHARD_BYTES // self.page_bytes))
@@ -113,13 +116,17 @@ class PageWriter:
 
 @dataclass
 class PageReader:
-    """Reads runs of pages; holds the shard indices it has seen, and no open files."""
+    """Reads runs of pages; holds the shard indices it has seen, and no open files.
+
+    Several threads may read at once: each has a chunk and a page of scratch memory of its own.
+    """
 
     array: PagedArray
     num_pages: int
     check: bool = True
     """Whether to compare each chunk with its checksum."""
     _indices: dict[int, np.ndarray[Any, Any]] = field(default_factory=dict)
+    _paths: dict[int, Path] = field(default_factory=dict)
 
     def read(self, first: int, count: int) -> np.ndarray[Any, Any]:
         """Pages `first .. first + count`, joined: `[count * page_tokens, ...]` in the on-disk dtype.
@@ -127,27 +134,60 @@ class PageReader:
         Raises:
             DamagedStoreError: naming the chunk.
         """
-        if first < 0 or count < 0 or first + count > self.num_pages:
+        if count < 0:
+            raise IndexError(f"{count} pages")
+        out = np.empty((count * self.array.page_shape[0], *self.array.page_shape[1:]), self.array.dtype)
+        self.read_into(first, out)
+        return out
+
+    def read_into(self, first: int, out: np.ndarray[Any, Any], layers: Sequence[int] | None = None) -> None:
+        """Fills `out` with the rows from page `first` on.
+
+        A page goes straight to where it belongs if `out` has room for all of it in one piece, else by way of a scratch
+        page; so no more than a page is held, however many rows there are.
+
+        Args:
+            first: the first page.
+            out: `[rows, ...]` in the on-disk dtype; of a page that it cuts off, the first rows.
+            layers: which entries of the second axis `out` holds; None for all. Pages are decoded whole all the same.
+
+        Raises:
+            DamagedStoreError: naming the chunk; `out` holds some of the rows then.
+        """
+        rows = self.array.page_shape[0]
+        count = -(-len(out) // rows)
+        if first < 0 or first + count > self.num_pages:
             raise IndexError(f"pages {first}..{first + count} of {self.num_pages}")
-        out = np.empty((count, *self.array.page_shape), self.array.dtype)
         for shard, start, stop in self._runs(first, count):
-            index = self.index(shard)[start:stop]
-            path = self.array.shard_path(shard)
-            base, end = int(index[0, 0]), int(index[:, 0].max() + index[index[:, 0].argmax(), 1])
+            path, index = self._path(shard), self.index(shard)[start:stop].tolist()
             try:
-                with reading(path), path.open("rb") as file:
-                    data = memoryview(os.pread(file.fileno(), end - base, base))
+                with reading(path), opened(path) as file:
+                    for page, (offset, nbytes) in enumerate(index, shard * self.array.pages_per_shard + start):
+                        begin = (page - first) * rows
+                        try:
+                            self._read_page(file, offset, nbytes, out[begin : begin + rows], layers)
+                        except (DamagedStoreError, RuntimeError, ValueError, struct.error) as error:
+                            raise DamagedStoreError(f"{path}: chunk {page}: {error}") from error
             except FileNotFoundError:
                 raise DamagedStoreError(f"{path}: the shard is missing") from None
-            for row, (offset, nbytes) in enumerate(index.tolist()):
-                page = shard * self.array.pages_per_shard + start + row
-                try:
-                    self.array.codec.decode(
-                        data[offset - base : offset - base + nbytes], out[page - first], check=self.check
-                    )
-                except (DamagedStoreError, RuntimeError, ValueError, struct.error) as error:
-                    raise DamagedStoreError(f"{path}: chunk {page}: {error}") from error
-        return out.reshape(count * self.array.page_shape[0], *self.array.page_shape[1:])
+
+    def _read_page(
+        self, file: int, offset: int, nbytes: int, out: np.ndarray[Any, Any], layers: Sequence[int] | None
+    ) -> None:
+        array, codec = self.array, self.array.codec
+        if layers is None and out.flags.c_contiguous:
+            if len(out) == array.page_shape[0]:
+                codec.read(file, offset, nbytes, out, check=self.check)
+                return
+            if codec.read_front(file, offset, nbytes, out, array.page_bytes, check=self.check):
+                return
+        page = scratch("page", array.page_bytes).view(array.dtype).reshape(array.page_shape)
+        codec.read(file, offset, nbytes, page, check=self.check)
+        if layers is None:
+            out[:] = page[: len(out)]
+            return
+        for place, layer in enumerate(layers):
+            out[:, place] = page[: len(out), layer]
 
     def index(self, shard: int) -> np.ndarray[Any, Any]:
         """The `(offset, nbytes)` pairs of a shard's chunks that hold data, in order."""
@@ -156,12 +196,12 @@ class PageReader:
         return self._indices[shard]
 
     def _read_index(self, shard: int) -> np.ndarray[Any, Any]:
-        path, slots = self.array.shard_path(shard), self.array.pages_per_shard
+        path, slots = self._path(shard), self.array.pages_per_shard
         tail = slots * 16 + 4
         try:
-            with reading(path), path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                data = os.pread(file.fileno(), tail, max(0, size - tail))
+            with reading(path), opened(path) as file:
+                size = os.fstat(file).st_size
+                data = os.pread(file, tail, max(0, size - tail))
         except FileNotFoundError:
             raise DamagedStoreError(f"{path}: the shard is missing") from None
         if len(data) < tail or struct.unpack("<I", data[-4:])[0] != crc32c(data[:-4]):
@@ -172,6 +212,11 @@ class PageReader:
         if bool((used > size - tail).any()) or bool((used.sum(axis=1) > size - tail).any()):
             raise DamagedStoreError(f"{path}: the shard's index points outside its file")
         return used
+
+    def _path(self, shard: int) -> Path:
+        if shard not in self._paths:
+            self._paths[shard] = self.array.shard_path(shard)
+        return self._paths[shard]
 
     def _runs(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
         slots, stop = self.array.pages_per_shard, first + count

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -31,6 +33,12 @@ if TYPE_CHECKING:
 _BLOCK_BYTES: Final = 64 << 20
 _OPEN_PARTS: Final = 64
 _ASIDE: Final = ".aside-"
+
+_PARTS: Final = threading.Lock()
+"""Held for the few moments in which the table of open parts changes, of whichever store."""
+
+# A process that is forked off while another thread holds the lock would wait for it forever.
+os.register_at_fork(before=_PARTS.acquire, after_in_parent=_PARTS.release, after_in_child=_PARTS.release)
 
 
 class KVStore(Sequence[KVSample]):
@@ -95,6 +103,10 @@ class KVStore(Sequence[KVSample]):
         m = self.manifest
         return f"KVStore({str(self.path)!r}, {m.kind}, {len(self)} samples, {m.geometry}, {m.dtype})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs: it opens parts itself."""
+        return {"path": self.path, "manifest": self.manifest, "check": self.check, "_parts": OrderedDict()}
+
     def __len__(self) -> int:
         return self.manifest.num_samples
 
@@ -114,27 +126,90 @@ class KVStore(Sequence[KVSample]):
         """Storage dtype."""
         return dtype_of(self.manifest.dtype)
 
-    def sample(self, index: int, *, keys: bool = True, values: bool = True, extras: bool = True) -> KVSample:
+    def sample(
+        self,
+        index: int,
+        *,
+        keys: bool = True,
+        values: bool = True,
+        extras: bool = True,
+        layers: Sequence[int] | None = None,
+    ) -> KVSample:
         """Sample `index`; keys, values and extra arrays are read only if asked for.
+
+        Args:
+            index: of the sample.
+            keys: whether to read the keys.
+            values: whether to read the values.
+            extras: whether to read extra arrays of rows.
+            layers: which layers of keys and values to hand out, in this order; None for all. A page holds all layers
+                and is read and decoded whole, so this saves memory and copying, not reading.
 
         Raises:
             IndexError: if there is no such sample.
             StoreNotFoundError: if its part is not written yet.
             SampleFailedError: if it was recorded as failed.
             DamagedStoreError: if its bytes are damaged.
+            StoreError: if there are no such layers.
         """
+        part, position = self._where(index)
+        return part.sample(position, keys=keys, values=values, extras=extras, layers=layers)
+
+    def read_into(
+        self,
+        index: int,
+        *,
+        keys: np.ndarray[Any, Any] | None = None,
+        values: np.ndarray[Any, Any] | None = None,
+        layers: Sequence[int] | None = None,
+    ) -> int:
+        """Reads sample `index` into arrays that are there already, which may be used again for the next.
+
+        Several threads may read at once, of one store; each needs arrays of its own.
+
+        Args:
+            index: of the sample.
+            keys: `[>=t, l, h, d]` in the on-disk dtype, for the keys; None not to read them. `store.dtype.to_numpy` of
+                a contiguous tensor of the store's dtype shares its memory. Fastest if C-contiguous; rows behind the
+                sample's end are left as they are.
+            values: the same for the values.
+            layers: which layers of the store the arrays hold, in this order; None for all. See `sample`.
+
+        Returns:
+            `t`, the tokens of the sample.
+
+        Raises:
+            IndexError: if there is no such sample.
+            StoreNotFoundError: if its part is not written yet.
+            SampleFailedError: if it was recorded as failed.
+            DamagedStoreError: if its bytes are damaged; the arrays hold some of the rows then.
+            StoreError: if an array does not fit, or there are no such layers.
+        """
+        part, position = self._where(index)
+        for name, out in (("keys", keys), ("values", values)):
+            if out is not None:
+                part.read_into(name, position, out, layers)
+        return part.tokens(position)
+
+    def _where(self, index: int) -> tuple[PartReader, int]:
         if index < 0:
             index += len(self)
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         part, position = divmod(index, self.manifest.samples_per_part)
-        return self.part(part).sample(position, keys=keys, values=values, extras=extras)
+        return self.part(part), position
 
     def batch(
-        self, indices: Iterable[int], *, keys: bool = True, values: bool = True, pad_token_id: int = 0
+        self,
+        indices: Iterable[int],
+        *,
+        keys: bool = True,
+        values: bool = True,
+        layers: Sequence[int] | None = None,
+        pad_token_id: int = 0,
     ) -> KVBatch:
-        """Several samples, padded on the right."""
-        samples = [self.sample(i, keys=keys, values=values, extras=False) for i in indices]
+        """Several samples, padded on the right; see `sample`."""
+        samples = [self.sample(i, keys=keys, values=values, extras=False, layers=layers) for i in indices]
         return collate(samples, pad_token_id=pad_token_id)
 
     def per_sample(self, name: str) -> np.ndarray[Any, Any]:
@@ -167,12 +242,17 @@ class KVStore(Sequence[KVSample]):
 
     def part(self, index: int) -> PartReader:
         """The reader of a part; a bounded number of them is kept open."""
-        if index not in self._parts:
-            self._parts[index] = PartReader(self.path, self.manifest, index, check=self.check)
+        with _PARTS:
+            if (found := self._parts.get(index)) is not None:
+                self._parts.move_to_end(index)
+                return found
+        made = PartReader(self.path, self.manifest, index, check=self.check)
+        with _PARTS:  # Another thread may have opened it meanwhile: all use the first.
+            found = self._parts.setdefault(index, made)
+            self._parts.move_to_end(index)
             while len(self._parts) > _OPEN_PARTS:
                 self._parts.popitem(last=False)
-        self._parts.move_to_end(index)
-        return self._parts[index]
+            return found
 
     def committed_parts(self) -> list[int]:
         """Numbers of the parts that are written; what lies in a part's place and is none counts, as a damaged one."""
@@ -198,16 +278,20 @@ class KVStore(Sequence[KVSample]):
 
     def drop_part(self, index: int) -> None:
         """Removes a part, so that it is written again; derived parts notice by its digest."""
-        self._parts.pop(index, None)
+        self._forget(index)
         with disk_errors(self.path):
             doomed = self.path / "parts" / f".drop-{part_name(index)}"
             remove(doomed)
             (self.path / "parts" / part_name(index)).rename(doomed)
             remove(doomed)
 
+    def _forget(self, index: int) -> None:
+        with _PARTS:
+            self._parts.pop(index, None)
+
     def set_aside(self, index: int) -> None:
         """Takes a part out, but keeps it under a hidden name until it is written again: see `remove_set_aside`."""
-        self._parts.pop(index, None)
+        self._forget(index)
         with disk_errors(self.path):
             hidden = self.path / "parts" / f"{_ASIDE}{part_name(index)}"
             remove(hidden)
@@ -242,6 +326,15 @@ class KVStore(Sequence[KVSample]):
         """Ids of failed samples, with the reason."""
         parts = (self.part(number) for number in self.committed_parts())
         return {part.ids[position]: reason for part in parts for position, reason in part.failed.items()}
+
+    @property
+    def lengths(self) -> np.ndarray[Any, Any]:
+        """Tokens of every sample `[num_samples]`; 0 where it is not written yet."""
+        out = np.zeros(len(self), np.int64)
+        for number in self.committed_parts():
+            samples = self.manifest.part_samples(number)
+            out[samples.start : samples.stop] = self.part(number).lengths
+        return out
 
     @property
     def num_tokens(self) -> int:

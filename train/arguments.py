@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from transformers import TrainingArguments
 
 from ..errors import RecipeError
 from .settings import TrainSettings
+
+_SHARDED: Final = (
+    "shards of a model hold weights whose gradients cannot be asked for one by one, as alpha and the search for what "
+    "is not finite do, and what the KV loss gets of them was never tested; torchrun trains a copy on each device (DDP)"
+)
+REFUSED: Final = {
+    "fsdp": _SHARDED,
+    "fsdp_config": _SHARDED,
+    "deepspeed": _SHARDED,
+    "train_sampling_strategy": "the order of samples is kava's own: train.group_by_length, train.pack_tokens",
+    "dataloader_drop_last": "no sample is dropped: the tail of an epoch is the head of the next batch",
+    "ignore_data_skip": "a training that goes on reads what would have followed",
+    "auto_find_batch_size": "the order of samples depends on train.batch_size; set that",
+}
+"""What training here does otherwise, and why."""
 
 
 def training_arguments(settings: TrainSettings, out: Path, *, has_heldout: bool) -> Any:
@@ -52,10 +68,20 @@ def training_arguments(settings: TrainSettings, out: Path, *, has_heldout: bool)
         # A loss that is not finite ends the training; nothing is left to filter from the log.
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        # Otherwise transformers takes bfloat16, and several processes, to need a device.
+        **({"use_cpu": True} if not torch.accelerator.is_available() else {}),
         "disable_tqdm": True,
         "remove_unused_columns": False,
         **settings.arguments,
     }
+    for name, reason in REFUSED.items():
+        if name in settings.arguments:
+            raise RecipeError(f"train.arguments.{name}: {reason}")
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if values.get(name) == "epoch":
+            raise RecipeError(f"train.arguments.{name}: epoch: a training is counted in steps; set {name[:-8]}steps")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise RecipeError(f"train: accelerate was told to shard the model: {REFUSED['fsdp']}")
     checkpointing = dict(values.get("gradient_checkpointing_kwargs") or {})
     if checkpointing.setdefault("use_reentrant", False):
         raise RecipeError(
@@ -63,9 +89,15 @@ def training_arguments(settings: TrainSettings, out: Path, *, has_heldout: bool)
             "and the KV loss, which is read there, would have none; leave it out"
         )
     try:
-        return TrainingArguments(**values | {"gradient_checkpointing_kwargs": checkpointing})
+        made = TrainingArguments(**values | {"gradient_checkpointing_kwargs": checkpointing})
     except (ValueError, TypeError) as error:
         raise RecipeError(f"train: {str(error).splitlines()[0]}") from None
+    if made.n_gpu > 1:
+        raise RecipeError(
+            f"train: one process sees {made.n_gpu} devices; start one for each, torchrun --nproc-per-node {made.n_gpu} "
+            "-m kava train ..., or show it a single one (CUDA_VISIBLE_DEVICES=0)"
+        )
+    return made
 
 
 def last_checkpoint(folder: Path) -> tuple[Path | None, int]:

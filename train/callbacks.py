@@ -13,6 +13,9 @@ from types import FrameType, TracebackType
 from typing import Any, Final
 
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+
+from .ranks import Ranks
 
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
 """What cluster schedulers send some time before they kill."""
@@ -53,6 +56,33 @@ class JsonLog(TrainerCallback):  # type: ignore[misc]
             file.write(json.dumps(line) + "\n")
 
 
+class Log:
+    """Where the first rank writes what happens; the others write nothing."""
+
+    def __init__(self, out: Path, begun: int, ranks: Ranks) -> None:
+        """Begins, or goes on after `begun` finished steps."""
+        self.callbacks: list[Any] = []
+        self._writer: Any = None
+        if ranks.is_first:
+            from torch.utils.tensorboard import SummaryWriter
+
+            out.mkdir(parents=True, exist_ok=True)
+            lines = JsonLog(out / "metrics.jsonl")
+            lines.rewind(begun)
+            self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=begun + 1)
+            self.callbacks = [TensorBoardCallback(self._writer), lines]
+
+    def warn(self, step: int, message: str) -> None:
+        """Tells of a warning."""
+        if self.callbacks:
+            self.callbacks[-1].warn(step, message)
+
+    def close(self) -> None:
+        """Nothing is written after this."""
+        if self._writer is not None:
+            self._writer.close()
+
+
 class Steps(TrainerCallback):  # type: ignore[misc]
     """Calls a function with the step reached and the last one."""
 
@@ -68,12 +98,14 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
     """While it is open, SIGTERM and SIGUSR1 end the training after the step in hand, with a checkpoint.
 
     A context manager; the handlers from before are always put back. Processes forked meanwhile, which read the store,
-    do not react. Outside the main thread, where Python allows no handlers, nothing is caught.
+    do not react. Outside the main thread, where Python allows no handlers, nothing is caught. Of several ranks all stop
+    after the same step, whichever of them was sent the signal.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         self.caught: str | None = None
         """The name of the signal."""
+        self._ranks = ranks
         self._before: dict[signal.Signals, Any] = {}
         self._owner = os.getpid()
 
@@ -94,5 +126,11 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Asks for a checkpoint and the end."""
-        if self.caught:
+        if self.agree():
             control.should_save = control.should_training_stop = True
+
+    def agree(self) -> bool:
+        """Whether any rank was sent a signal; all then have caught it."""
+        number = int(self._ranks.max([float(signal.Signals[self.caught] if self.caught else 0)])[0])
+        self.caught = signal.Signals(number).name if number else None
+        return number > 0

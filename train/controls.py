@@ -48,11 +48,11 @@ class ControlTargets(ABC):
             values: whether values are.
         """
 
-    def sample(self, index: int, *, keys: bool = True, values: bool = True) -> KVSample:
-        """Sample `index`; keys and values are read only if asked for."""
-        own = self.targets.sample(index, keys=False, values=False)
+    def sample(self, index: int, *, keys: bool = True, values: bool = True, extras: bool = True) -> KVSample:
+        """Sample `index`; keys, values and extra arrays, which stay the sample's own, are read only if asked for."""
+        own = self.targets.sample(index, keys=False, values=False, extras=extras)
         if own.split is not Split.TRAIN:
-            return self.targets.sample(index, keys=keys, values=values)
+            return self.targets.sample(index, keys=keys, values=values, extras=extras)
         return self.replaced(index, own, keys=keys, values=values) if keys or values else own
 
     @property
@@ -74,6 +74,11 @@ class ControlTargets(ABC):
         """Samples that did not fail, of one split or of all."""
         return self.targets.indices(split)
 
+    @property
+    def lengths(self) -> np.ndarray[Any, Any]:
+        """Tokens of every sample `[num_samples]`; 0 where there is none."""
+        return self.targets.lengths
+
     def missing_parts(self) -> list[int]:
         """Numbers of the parts that are not there yet."""
         return self.targets.missing_parts()
@@ -81,12 +86,6 @@ class ControlTargets(ABC):
     def statistics(self) -> dict[str, np.ndarray[Any, Any]]:
         """Of the true targets."""
         return self.targets.statistics()
-
-    def __getattr__(self, name: str) -> Any:
-        """Whatever else is known of the true targets."""
-        if name == "targets":
-            raise AttributeError(name)
-        return getattr(self.targets, name)
 
 
 class ShuffledTargets(ControlTargets):
@@ -105,7 +104,7 @@ class ShuffledTargets(ControlTargets):
 
     def replaced(self, index: int, own: KVSample, *, keys: bool, values: bool) -> KVSample:
         """Another sample's keys and values, laid over this one's tokens."""
-        other = self.targets.sample(self.partner[index], keys=keys, values=values)
+        other = self.targets.sample(self.partner[index], keys=keys, values=values, extras=False)
         return take_rows(own, other, np.flatnonzero(other.mask))
 
 
@@ -116,7 +115,7 @@ class TokenShuffledTargets(ControlTargets):
         """The sample's own keys and values in another order."""
         rows = np.flatnonzero(own.mask)
         order = np.random.default_rng((self.seed, index)).permutation(rows)
-        return take_rows(own, self.targets.sample(index, keys=keys, values=values), order)
+        return take_rows(own, self.targets.sample(index, keys=keys, values=values, extras=False), order)
 
 
 class RandomTargets(ControlTargets):

@@ -1,9 +1,13 @@
-"""Samples of a target store as training batches."""
+"""Samples of a target store as training batches.
+
+A batch has rows, and a row one sample or, packed, several behind each other. Axes: `b` rows, `t` tokens, `l` layers
+with a KV loss, `h` KV heads, `d` head_dim.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -11,7 +15,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..store import SEGMENTS, KVGeometry, KVSample, Manifest, Split, collate
+from ..errors import KavaError
+from ..store import LOGITS, SEGMENTS, KVGeometry, KVSample, KVStore, Manifest, Split
+from ..store.dtypes import dtype_of
 
 IGNORED: Final = -100
 """Label of tokens that are not predicted."""
@@ -32,11 +38,15 @@ class Targets(Protocol):
     def geometry(self) -> KVGeometry:
         """Layers, KV heads and head width."""
 
-    def sample(self, index: int, *, keys: bool = True, values: bool = True) -> KVSample:
-        """Sample `index`; keys and values are read only if asked for."""
+    def sample(self, index: int, *, keys: bool = True, values: bool = True, extras: bool = True) -> KVSample:
+        """Sample `index`; keys, values and extra arrays are read only if asked for."""
 
     def indices(self, split: Split | None = None) -> list[int]:
         """Samples that did not fail, of one split or of all."""
+
+    @property
+    def lengths(self) -> np.ndarray[Any, Any]:
+        """Tokens of every sample `[num_samples]`; 0 where there is none."""
 
     def missing_parts(self) -> list[int]:
         """Numbers of the parts that are not there yet."""
@@ -46,49 +56,158 @@ class Targets(Protocol):
 
 
 class TargetDataset(Dataset[KVSample]):
-    """The written samples of one split; keys and values are read only where there is a KV loss."""
+    """The written samples of one split, with what the loss looks at of their keys and values."""
 
-    def __init__(self, store: Targets, split: Split, *, with_kv: bool) -> None:
-        self.store, self.with_kv = store, with_kv
+    def __init__(
+        self,
+        store: Targets,
+        split: Split,
+        *,
+        names: Sequence[str] = ("keys", "values"),
+        layers: Sequence[int] | None = None,
+        logits: bool = False,
+    ) -> None:
+        """The samples.
+
+        Args:
+            store: the targets.
+            split: of the samples.
+            names: what is read, of `keys` and `values`.
+            layers: of which layers, in this order; None for all.
+            logits: whether the teacher's logits are read, with the other extra arrays.
+        """
+        self.store, self.names, self.logits = store, tuple(names), logits
+        self.layers = tuple(range(store.geometry.num_layers)) if layers is None else tuple(layers)
         self.indices = store.indices(split)
+        self.lengths: list[int] = store.lengths[self.indices].tolist()
+        """Tokens of each sample."""
+        self.parts = [index // store.manifest.samples_per_part for index in self.indices]
+        """The part that each sample is in."""
+        geometry = store.geometry
+        self.shape = (len(self.layers), geometry.num_key_value_heads, geometry.head_dim)
+        """Of a token's keys or values, `(l, h, d)`."""
+        self.dtype = dtype_of(store.manifest.dtype).torch_dtype
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, item: int) -> KVSample:
-        return self.store.sample(self.indices[item], keys=self.with_kv, values=self.with_kv)
+        tensors = {name: torch.empty((self.lengths[item], *self.shape), dtype=self.dtype) for name in self.names}
+        found = self.read(item, tensors)
+        return replace(found, keys=tensors.get("keys"), values=tensors.get("values"))
+
+    def read(self, item: int, into: Mapping[str, torch.Tensor]) -> KVSample:
+        """Sample `item` without keys and values, which are written to `into` instead.
+
+        Args:
+            item: its number in this dataset.
+            into: `keys` and `values`, those of `names`: `[tokens, l, h, d]` of the store's dtype.
+
+        Raises:
+            KavaError: if it cannot be read, with its number in the store.
+        """
+        index = self.indices[item]
+        # All layers in order is a plain copy; a list of them is picked out one by one.
+        layers = None if self.layers == tuple(range(self.store.geometry.num_layers)) else list(self.layers)
+        try:
+            if isinstance(self.store, KVStore):
+                found = self.store.sample(index, keys=False, values=False, extras=self.logits)
+                if into:
+                    to_numpy = self.store.dtype.to_numpy
+                    arrays = {name: to_numpy(tensor) for name, tensor in into.items()}
+                    self.store.read_into(index, **arrays, layers=layers)
+                return found
+            found = self.store.sample(index, keys="keys" in into, values="values" in into, extras=self.logits)
+        except KavaError as error:
+            raise type(error)(f"sample {index}: {error}") from error
+        for name, tensor in into.items():
+            source = getattr(found, name)
+            tensor.copy_(source if layers is None else source[:, layers])
+        return replace(found, keys=None, values=None)
 
 
 @dataclass(frozen=True)
 class TargetCollator:
-    """Pads samples on the right and makes labels."""
+    """Puts samples into the rows of a batch, padded on the right, and makes labels."""
 
     pad_token_id: int
     ce_segments: tuple[str, ...]
     """Segments whose tokens are predicted."""
 
     def __call__(self, samples: Sequence[KVSample]) -> dict[str, Any]:
+        """A batch with a row for each sample: see `collate`."""
+        tokens = max(map(len, samples))
+        tensors = {}
+        for name in ("keys", "values"):
+            found = [getattr(sample, name) for sample in samples]
+            if found[0] is not None:
+                tensors[name] = torch.zeros((len(found), tokens, *found[0].shape[1:]), dtype=found[0].dtype)
+                for row, tensor in zip(tensors[name], found, strict=True):
+                    row[: len(tensor)] = tensor
+        return self.collate([[sample] for sample in samples], tensors)
+
+    def collate(self, rows: Sequence[Sequence[KVSample]], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """A batch.
 
-        `input_ids`, `attention_mask`, `labels`, `segments`, `kv_mask` `[b, t]`; `sample_ids`, a list of `b`; with a KV
-        loss also `keys`, `values` `[b, t, l, h, d]`.
+        Args:
+            rows: the samples of each row.
+            tensors: `keys` and `values` `[b, t, l, h, d]`, those that are needed, as they are to be in the batch.
+
+        Returns:
+            `input_ids`, `labels`, `segments`, `kv_mask` `[b, t]`; `sample_ids`, `num_tokens` and `text_bytes` of all;
+            `keys` and `values`, if given; where samples have logits, `logit_ids`, `logprobs` `[b, t, k]` and
+            `logprob_tail` `[b, t]`, with id -1 for padding. With one sample a row `attention_mask` `[b, t]`; otherwise
+            `position_ids` `[b, t]`, which begin again with every sample, as padding does, and `sample_numbers`
+            `[b, t]`, -1 for padding: models and losses tell samples apart by these.
         """
-        batch = collate(samples, pad_token_id=self.pad_token_id)
-        wanted = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-        for name in self.ce_segments:
-            wanted |= batch.segments == int(SEGMENTS[name])
-        for row, sample in enumerate(samples):
-            # The end of the sequence is no text, but must be learned.
-            if len(sample) and sample.segments[-1] == int(SEGMENTS["none"]):
-                wanted[row, len(sample) - 1] = True
+        size = (len(rows), max(sum(map(len, row)) for row in rows))
+        ids, labels = np.full(size, self.pad_token_id, np.int64), np.full(size, IGNORED, np.int64)
+        segments, mask = np.zeros(size, np.uint8), np.zeros(size, np.bool_)
+        positions, numbers = np.zeros(size, np.int64), np.full(size, -1, np.int64)
+        for row, start, number, sample in _places(rows):
+            here = (row, slice(start, start + len(sample)))
+            ids[here], segments[here], mask[here] = sample.input_ids, sample.segments, sample.mask
+            labels[here] = np.where(self._predicted(sample), sample.input_ids, IGNORED)
+            # Nothing of its own sample is before it to predict it from.
+            labels[row, start] = IGNORED
+            positions[here], numbers[here] = np.arange(len(sample)), number
         out: dict[str, Any] = {
-            "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask,
-            "labels": torch.where(wanted, batch.input_ids, IGNORED),
-            "segments": batch.segments,
-            "kv_mask": batch.mask,
-            "sample_ids": batch.sample_ids,
+            "input_ids": torch.from_numpy(ids),
+            "labels": torch.from_numpy(labels),
+            "segments": torch.from_numpy(segments),
+            "kv_mask": torch.from_numpy(mask),
+            "sample_ids": [sample.sample_id for row in rows for sample in row],
+            "num_tokens": int((numbers >= 0).sum()),
+            "text_bytes": sum(int((s.spans[:, 1] - s.spans[:, 0]).sum()) for row in rows for s in row),
+            **tensors,
         }
-        if batch.keys is not None:
-            out |= {"keys": batch.keys, "values": batch.values}
-        return out
+        first = rows[0][0].extras
+        for name in LOGITS if LOGITS[0] in first else ():
+            array = np.full((*size, *first[name].shape[1:]), -1, first[name].dtype)
+            for row, start, _, sample in _places(rows):
+                array[row, start : start + len(sample)] = sample.extras[name]
+            out[name] = torch.from_numpy(array)
+        if all(len(row) == 1 for row in rows):
+            return out | {"attention_mask": torch.from_numpy((numbers >= 0).astype(np.int64))}
+        for row, samples in enumerate(rows):
+            end = sum(map(len, samples))
+            positions[row, end:] = np.arange(size[1] - end)
+        return out | {"position_ids": torch.from_numpy(positions), "sample_numbers": torch.from_numpy(numbers)}
+
+    def _predicted(self, sample: KVSample) -> np.ndarray[Any, Any]:
+        """`[t]`: which tokens are predicted."""
+        wanted = np.isin(sample.segments, [int(SEGMENTS[name]) for name in self.ce_segments])
+        # The end of the sequence is no text, but must be learned.
+        if len(sample) and sample.segments[-1] == int(SEGMENTS["none"]):
+            wanted[-1] = True
+        return wanted
+
+
+def _places(rows: Sequence[Sequence[KVSample]]) -> Iterable[tuple[int, int, int, KVSample]]:
+    """Row, first token there, and number of every sample of a batch."""
+    number = 0
+    for row, samples in enumerate(rows):
+        start = 0
+        for sample in samples:
+            yield row, start, number, sample
+            start, number = start + len(sample), number + 1

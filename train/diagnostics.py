@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..errors import StageError
+from .ranks import Ranks
 
 
 @dataclass
@@ -27,11 +28,16 @@ class Mean:
             self.sums[name] = self.sums.get(name, 0.0) + value * weight
             self.weights[name] = self.weights.get(name, 0.0) + weight
 
-    def take(self) -> dict[str, float]:
-        """The means, and a new beginning."""
-        means = {name: float(value) / (self.weights[name] or 1.0) for name, value in self.sums.items()}
+    def take(self, ranks: Ranks) -> dict[str, float]:
+        """The means over all ranks, and a new beginning."""
+        sums: dict[str, float] = {}
+        weights: dict[str, float] = {}
+        for found in ranks.gather(self.state()):
+            for name, value in found["sums"].items():
+                sums[name] = sums.get(name, 0.0) + value
+                weights[name] = weights.get(name, 0.0) + found["weights"][name]
         self.sums, self.weights = {}, {}
-        return means
+        return {name: value / (weights[name] or 1.0) for name, value in sums.items()}
 
     def state(self) -> dict[str, dict[str, float]]:
         """For a checkpoint: numbers that JSON keeps exactly."""
@@ -51,7 +57,7 @@ class StepClock(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.waited = self.worked = 0.0
-        self.tokens: torch.Tensor | int = 0
+        self.tokens = 0
         self._began = 0.0
 
     @staticmethod
@@ -67,15 +73,18 @@ class StepClock(TrainerCallback):  # type: ignore[misc]
         """The weights are updated."""
         self.worked += self.now() - self._began
 
-    def take(self) -> dict[str, float]:
+    def take(self, ranks: Ranks) -> dict[str, float]:
         """`tokens_per_second` without padding, `data_wait_share` of the steps' time, `peak_memory_gib`.
 
-        Memory is the device's, allocated by torch; on a CPU, the process's.
+        Tokens are of all ranks; waiting and memory of the one that has most. Memory is the device's, allocated by
+        torch; on a CPU, the process's.
         """
         total = self.waited + self.worked
-        found = {"peak_memory_gib": _peak_memory_bytes() / 2**30}
+        waited, total, memory = ranks.max([self.waited, total, _peak_memory_bytes() / 2**30])
+        (tokens,) = ranks.sum([self.tokens])
+        found = {"peak_memory_gib": memory}
         if total > 0:
-            found |= {"tokens_per_second": float(self.tokens) / total, "data_wait_share": self.waited / total}
+            found |= {"tokens_per_second": tokens / total, "data_wait_share": waited / total}
         self.waited, self.worked, self.tokens = 0.0, 0.0, 0
         return found
 

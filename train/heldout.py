@@ -138,4 +138,6 @@ def evaluate_heldout(
 
 def _batches(store: Targets, indices: Sequence[int], size: int, with_kv: bool) -> Iterator[list[KVSample]]:
     for start in range(0, len(indices), size):
-        yield [store.sample(index, keys=with_kv, values=with_kv) for index in indices[start : start + size]]
+        yield [
+            store.sample(index, keys=with_kv, values=with_kv, extras=False) for index in indices[start : start + size]
+        ]

@@ -128,6 +128,31 @@ LOSSES: Final[Mapping[str, Loss]] = {
     "relation": relation,
 }
 
+ACROSS_TOKENS: Final = frozenset({"relation"})
+"""Losses that compare the tokens of a row with each other."""
+
+
+def _sample_by_sample(loss: Loss, samples: torch.Tensor) -> Loss:
+    """The loss of rows with several samples, each of which it sees in a row of its own.
+
+    Args:
+        loss: sees a row as one sample.
+        samples: `[b, t]`, the number of each token's sample in the batch, in order, -1 for padding.
+    """
+    lengths = torch.bincount(samples[samples >= 0])
+    inside = torch.arange(int(lengths.max()), device=samples.device) < lengths[:, None]
+    places = torch.zeros_like(inside, dtype=torch.int64)
+    # Samples lie one after the other, row by row: in that order their tokens fill the new rows.
+    places[inside] = torch.nonzero((samples >= 0).flatten()).squeeze(1)
+
+    def alone(
+        student: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, std: float, options: LossOptions
+    ) -> torch.Tensor:
+        own, wanted = (tensor.flatten(0, 1)[places] for tensor in (student, target))
+        return loss(own, wanted, mask.flatten()[places] & inside, std, options)
+
+    return alone
+
 
 @dataclass(frozen=True)
 class KVLoss:
@@ -195,6 +220,12 @@ class KVLoss:
         weights = _layer_weights(layer_weights, chosen)
         return cls(loss, key_weight, value_weight, chosen, std, weights, dict(segment_weights or {}), options)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those of `keys` and `values` that have a weight."""
+        weights = {"keys": self.key_weight, "values": self.value_weight}
+        return tuple(name for name, weight in weights.items() if weight)
+
     def token_weights(self, mask: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor | None:
         """The weight of each token in `mask` `[n]`, float32; None where all segments weigh the same.
 
@@ -214,14 +245,16 @@ class KVLoss:
         target: Mapping[str, torch.Tensor],
         mask: torch.Tensor,
         segments: torch.Tensor | None = None,
+        samples: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """The loss of one batch.
 
         Args:
             student: `keys` and `values`, per layer `[b, t, h, d]`, with gradient.
-            target: `keys` and `values` `[b, t, l, h, d]`.
+            target: `keys` and `values`, those that have a weight: `[b, t, l, h, d]`, `l` being those of `layers`.
             mask: `[b, t]` bool: tokens that have a target.
             segments: `[b, t]` uint8, the number of each token's segment; not needed without segment weights.
+            samples: `[b, t]`, the number of each token's sample in the batch, -1 for padding; None for one a row.
 
         Returns:
             `kv`, a scalar with gradient, and without gradient each layer's `keys_l` and `values_l`, in which segments
@@ -230,14 +263,18 @@ class KVLoss:
         terms: dict[str, torch.Tensor] = {}
         weighted = []
         function = LOSSES[self.loss]
+        if samples is not None and self.loss in ACROSS_TOKENS:
+            function = _sample_by_sample(function, samples)
         weights = self.token_weights(mask, segments)
         layer_weights = self.layer_weights or (1.0,) * len(self.layers)
         for name, weight in (("keys", self.key_weight), ("values", self.value_weight)):
             if not weight:
                 continue
-            for layer, layer_weight in zip(self.layers, layer_weights, strict=True):
+            if target[name].shape[2] != len(self.layers):
+                raise ValueError(f"{target[name].shape[2]} layers of target {name} for a loss on layers {self.layers}")
+            for place, (layer, layer_weight) in enumerate(zip(self.layers, layer_weights, strict=True)):
                 own = student[name][layer].float()
-                error = function(own, target[name][:, :, layer].float(), mask, self.std[name][layer], self.options)
+                error = function(own, target[name][:, :, place].float(), mask, self.std[name][layer], self.options)
                 # A batch without any target, or with none that counts, contributes nothing, and no NaN.
                 if weights is not None:
                     term = (weights * error).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)

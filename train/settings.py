@@ -80,8 +80,16 @@ class LoraSettings(_Settings):
     """Names of the modules that get one; None for all projections of the attention."""
 
 
+class LogitSettings(_Settings):
+    """A loss against the teacher's cached next-token distributions; see `train.logits.logit_loss`."""
+
+    weight: PositiveFloat = 1.0
+    """Of the divergence, against the cross-entropy."""
+    temperature: PositiveFloat = 1.0
+
+
 class TrainSettings(_Settings):
-    """Training: the loss is `CE + alpha * KV`."""
+    """Training: the loss is `CE + alpha * KV`, and `+ weight * KL` with logits."""
 
     name: str = Field("kv", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The student's folder below `students/`."""
@@ -112,11 +120,19 @@ class TrainSettings(_Settings):
     """Weights of the layers' KV losses: one each, or by layer, 1 where it is left out. Only their ratios count."""
     segment_weights: dict[Literal["none", "prompt", "rationale", "answer"], NonNegativeFloat] = {}
     """Weights of tokens in the KV loss, by segment, 1 where it is left out. Only their ratios count."""
+    logits: LogitSettings | None = None
+    """Also learn the teacher's next-token distributions; None for not."""
     ce_segments: list[Literal["prompt", "rationale", "answer"]] = ["prompt", "rationale", "answer"]
     """Tokens of these segments are predicted; the end of the sequence always is."""
     max_steps: PositiveInt = 1000
     batch_size: PositiveInt = 8
-    """Samples per device and forward pass."""
+    """Rows per device and forward pass; a row is a sample, or with `pack_tokens` several."""
+    pack_tokens: PositiveInt | None = None
+    """Tokens of a row that several samples share, at most; None for a row for each sample."""
+    group_by_length: bool = False
+    """Batches of samples of about equal length, for less padding."""
+    shuffle_window: PositiveInt = 16
+    """Parts of the store whose samples are shuffled together."""
     gradient_accumulation_steps: PositiveInt = 1
     learning_rate: PositiveFloat = 3e-4
     lr_scheduler: str = "cosine"
@@ -136,8 +152,12 @@ class TrainSettings(_Settings):
     """Compute activations again in the backward pass instead of keeping them."""
     collapse_threshold: NonNegativeFloat = 0.1
     """A warning where the spread of the student's keys or values falls below this share of the target's; 0 for none."""
+    reader_threads: PositiveInt = 2
+    """Threads that read targets ahead."""
+    prefetch_steps: PositiveInt = 2
+    """Steps whose batches are read ahead, beyond the one in hand."""
     num_workers: NonNegativeInt = 0
-    """Processes that read the store."""
+    """Processes that read targets, in the place of threads; 0 for threads."""
     seed: int = 0
     """Of the order of batches, and of dropout."""
     arguments: dict[str, Any] = {}
@@ -163,6 +183,12 @@ class TrainSettings(_Settings):
             raise ValueError("key_weight and value_weight are both 0; set alpha: 0 to train without targets")
         if len(self.segment_weights) == len(SEGMENTS) and not any(self.segment_weights.values()):
             raise ValueError("segment_weights are all 0; set alpha: 0 to train without targets")
+        return self
+
+    @model_validator(mode="after")
+    def _one_kind_of_rows(self) -> TrainSettings:
+        if self.pack_tokens is not None and self.group_by_length:
+            raise ValueError("group_by_length: packed rows are of about equal length already; leave one of both out")
         return self
 
     @property

@@ -1,8 +1,9 @@
-"""Hugging Face's Trainer with `CE + alpha * KV` as its loss.
+"""Hugging Face's Trainer with `CE + alpha * KV` as its loss, and the divergence from cached logits if asked for.
 
-Packing of steps, devices, precision, checkpoints and resuming are the Trainer's. Ours are the loss, held-out metrics
-that weigh every token the same, the refusal of targets that are not this student's, and the end of a training that goes
-wrong: what is not finite is named with its samples, and nothing is saved after it.
+Devices, precision, checkpoints and the loop are the Trainer's. Ours are the loss, the batches (`feed`), held-out
+metrics that weigh every token the same, the refusal of targets that are not this student's, and the end of a training
+that goes wrong: what is not finite is named with its samples, and nothing is saved after it. Several ranks agree on
+each such end.
 """
 
 from __future__ import annotations
@@ -10,27 +11,31 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerState
-from transformers.integrations import TensorBoardCallback
 
-from ..errors import RetryLaterError, StageError, TrainingError
-from ..hub import tokenizer_digest
-from ..store import Split
+from ..errors import KavaError, RetryLaterError, StageError, TrainingError
+from ..store import LOGITS, Split
 from ..store.files import disk_errors, write_atomic
-from ..tap import KVTap, probe_geometry
+from ..tap import KVTap
 from .alpha import AutoAlpha, gradient_norms, schedule_factor
 from .arguments import last_checkpoint, training_arguments
-from .callbacks import JsonLog, Steps, StopOnSignal
+from .callbacks import Log, Steps, StopOnSignal
+from .checks import check_packing, check_targets
 from .data import IGNORED, TargetCollator, TargetDataset, Targets
 from .diagnostics import CollapseAlarm, Mean, StepClock, check_gradient, not_finite, spread_ratio
+from .feed import Feed, share_step
+from .logits import logit_loss, taught
 from .lora import add_lora, save_merged
 from .losses import KVLoss, LossOptions
+from .ranks import Ranks, agreed
 from .settings import TrainSettings
 from .student import load_student
 
@@ -44,7 +49,7 @@ class TrainResult:
 
     steps: int
     metrics: dict[str, float]
-    """Held-out: `ce` in nats per token, `ce_per_byte`, `perplexity`, and `kv`."""
+    """Held-out: `ce` in nats per token, `ce_per_byte`, `perplexity`, `kv`, and `logits` in nats per token."""
     alpha: float
     """The weight of the KV loss, without its schedule: as it was set, or as it was found."""
 
@@ -57,6 +62,7 @@ def train_student(
     *,
     corpus_digest: str | None = None,
     on_step: Callable[[int, int], None] = lambda step, total: None,
+    ranks: Ranks | None = None,
 ) -> TrainResult:
     """Trains the student in folder `student` on the targets of `store` and saves it to `out`.
 
@@ -70,6 +76,7 @@ def train_student(
         settings: see `TrainSettings`.
         corpus_digest: the corpus that the targets must be of; None to accept any.
         on_step: called with the step reached and the last one.
+        ranks: the processes that train together, of which only the first writes; None for this one alone.
 
     Raises:
         StageError: if the store is not made for this student, or the KV loss would have no gradient; before the first
@@ -77,33 +84,38 @@ def train_student(
         TrainingError: if a loss or a gradient is not finite; the last checkpoint stays.
         RetryLaterError: after a signal to stop.
     """
+    ranks = ranks or Ranks()
     torch.manual_seed(settings.seed)
     model, tokenizer = load_student(student)
-    _check_targets(store, model, tokenizer, corpus_digest)
+    check_targets(store, model, tokenizer, corpus_digest, logits=settings.logits is not None)
     loss = _kv_loss(store, settings) if settings.with_kv else None
-    datasets = {split: TargetDataset(store, split, with_kv=loss is not None) for split in Split}
+    names, layers = ((), ()) if loss is None else (loss.names, loss.layers)
+    logits = settings.logits is not None
+    datasets = {s: TargetDataset(store, s, names=names, layers=layers, logits=logits) for s in Split}
     if not len(datasets[Split.TRAIN]):
         raise StageError(f"{store.path}: there is no training sample in it")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if settings.lora is not None:
         model = add_lora(model, settings.lora)
-    checkpoint, begun = last_checkpoint(out / "checkpoints")
-    from torch.utils.tensorboard import SummaryWriter
+    if settings.pack_tokens is not None:
+        check_packing(model)
+    args = training_arguments(settings, out, has_heldout=len(datasets[Split.HELDOUT]) > 0)
+    collator = TargetCollator(pad or 0, tuple(settings.ce_segments))
+    feed = Feed(datasets, collator, settings, args, ranks)
+    checkpoint, begun = ranks.first(lambda: last_checkpoint(out / "checkpoints"))
 
-    with disk_errors(out), StopOnSignal() as stop:
-        out.mkdir(parents=True, exist_ok=True)
-        log = JsonLog(out / "metrics.jsonl")
-        log.rewind(begun)
-        writer = SummaryWriter(str(out / "tensorboard"), purge_step=begun + 1)
+    with disk_errors(out), StopOnSignal(ranks) as stop, closing(Log(out, begun, ranks)) as log, closing(feed):
         trainer = KVTrainer(
             model=model,
-            args=training_arguments(settings, out, has_heldout=len(datasets[Split.HELDOUT]) > 0),
+            args=args,
             train_dataset=datasets[Split.TRAIN],
             eval_dataset=datasets[Split.HELDOUT],
-            data_collator=TargetCollator(pad or 0, tuple(settings.ce_segments)),
-            callbacks=[TensorBoardCallback(writer), log, Steps(on_step), stop],
+            data_collator=collator,
+            callbacks=[*log.callbacks, Steps(on_step), stop],
             kv_loss=loss,
             settings=settings,
+            feed=feed,
+            ranks=ranks,
             warn=log.warn,
         )
         trainer.remove_callback(PrinterCallback)
@@ -111,18 +123,19 @@ def train_student(
             trainer.load_state(checkpoint)
         if not trainer.finished:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if stop.caught:
-            writer.close()
-            raise RetryLaterError(
-                f"{out}: stopped by {stop.caught} after step {trainer.state.global_step} with a checkpoint; the same "
-                "command goes on from there"
+        if stop.agree():
+            raise agreed(
+                RetryLaterError(
+                    f"{out}: stopped by {stop.caught} after step {trainer.state.global_step} with a checkpoint; the "
+                    "same command goes on from there"
+                )
             )
         metrics = trainer.evaluate() if len(datasets[Split.HELDOUT]) else {}
-        if trainer.is_world_process_zero():
+        if ranks.is_first:
             (model if settings.lora is None else save_merged(model, out)).save_pretrained(out)
             tokenizer.save_pretrained(out)
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        writer.close()
+        ranks.wait()
     metrics = {name.removeprefix("heldout_"): value for name, value in metrics.items() if name.startswith("heldout_")}
     return TrainResult(int(trainer.state.global_step), metrics, trainer.alpha)
 
@@ -151,18 +164,33 @@ class _Pass(NamedTuple):
     """See `KVLoss`; empty without one."""
     student: dict[str, dict[int, torch.Tensor]]
     """The tapped `keys` and `values`."""
+    logits: torch.Tensor | None
+    """Divergences `[n]` of the predicted tokens that the teacher has a distribution for; None if not asked for."""
+
+    @property
+    def divergence(self) -> torch.Tensor | None:
+        """Their mean; 0 where there are none."""
+        return None if self.logits is None else self.logits.sum() / max(len(self.logits), 1)
 
 
 class KVTrainer(Trainer):  # type: ignore[misc]
     """The Trainer, with a KV term beside the cross-entropy."""
 
     def __init__(
-        self, *, kv_loss: KVLoss | None, settings: TrainSettings, warn: Callable[[int, str], None], **kwargs: Any
+        self,
+        *,
+        kv_loss: KVLoss | None,
+        settings: TrainSettings,
+        feed: Feed,
+        ranks: Ranks,
+        warn: Callable[[int, str], None],
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         # The mean over a batch is our loss; without this the Trainer expects sums over accumulated batches.
         self.model_accepts_loss_kwargs = False
         self.kv_loss, self.settings, self.warn = kv_loss, settings, warn
+        self.feed, self.ranks = feed, ranks
         self.auto = AutoAlpha(settings.kv_share, settings.alpha_steps) if settings.alpha == "auto" else None
         self._alarm = CollapseAlarm(settings.collapse_threshold)
         self._clock = StepClock()
@@ -185,28 +213,35 @@ class KVTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """`CE + alpha * KV` of one batch, in nats per predicted token."""
+        """`CE + alpha * KV` of one batch, in nats per predicted token, by its share of the step: see `share_step`."""
         found = self._forward(model, inputs)
         ce = found.ce / found.tokens.clamp(min=1)
-        terms = {"ce": ce.detach()}
-        loss = ce
+        of_ce, of_kv, of_logits = inputs["shares"]
+        terms = {"ce": ce.detach() * of_ce}
+        loss = ce * of_ce
+        # Accumulated batches share a step; one look at the first of them is enough.
+        first_look, self._looked_at = self._looked_at != self.state.global_step, self.state.global_step
         if self.kv_loss is not None:
             if not self._checked and torch.is_grad_enabled():
                 self._checked = True
                 weights = {"keys": self.kv_loss.key_weight, "values": self.kv_loss.value_weight}
                 check_gradient({name: layers for name, layers in found.student.items() if weights[name]})
-            # Accumulated batches share a step; one look at the first of them is enough.
-            if self._looked_at != self.state.global_step:
-                self._looked_at = self.state.global_step
+            if first_look:
                 self._measure_gradients(ce, found.kv["kv"])
                 self._measure_spread(found.student, inputs)
             alpha = self._weight()
-            loss = ce + alpha * found.kv["kv"]
-            terms |= {name: value.detach() for name, value in found.kv.items()}
+            loss = loss + alpha * (found.kv["kv"] * of_kv)
+            terms |= {name: value.detach() * of_kv for name, value in found.kv.items()}
             self._terms.add({"alpha": alpha})
-        if not torch.isfinite(loss):
-            bad = [name for name, value in terms.items() if not torch.isfinite(value)] or ["alpha * kv"]
-            raise self._not_finite(f"the loss ({', '.join(bad)})", inputs)
+        if self.settings.logits is not None and found.divergence is not None:
+            weight = self.settings.logits.weight
+            if first_look and self._measures:
+                self._log_share("logits", weight, self._norms(ce, found.divergence))
+            loss = loss + weight * (found.divergence * of_logits)
+            terms["logits"] = found.divergence.detach() * of_logits
+        finite = bool(torch.isfinite(loss))
+        bad = [] if finite else [n for n, value in terms.items() if not torch.isfinite(value)] or ["alpha * kv"]
+        self._stop_unless(finite, inputs, lambda: f"the loss ({', '.join(bad)})")
         self._terms.add({"loss": loss.detach(), **terms})
         return (loss, None) if return_outputs else loss
 
@@ -216,21 +251,29 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         Raises:
             TrainingError: if it is not.
         """
-        self._clock.tokens = self._clock.tokens + inputs["attention_mask"].sum()
+        self._clock.tokens += inputs["num_tokens"]
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         # Under loss scaling, which float16 needs, infinite gradients are ordinary: the scaler leaves the step out.
         if getattr(self.accelerator, "scaler", None) is None:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-                raise self._not_finite(f"the gradient ({self._blame(model, inputs)})", inputs)
+            finite = bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+            self._stop_unless(finite, inputs, lambda: f"the gradient ({self._blame(inputs)})")
         return loss
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The next step's batches, timed."""
-        began = self._clock.now()
-        found = super().get_batch_samples(*args, **kwargs)
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As many things as there are batches: all that the Trainer's loop is to know, see `get_batch_samples`."""
+        return DataLoader(range(self.feed.num_batches), batch_size=1)  # type: ignore[arg-type]
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """The batches of the step in hand, whichever that is: also the first one after a checkpoint. Timed."""
+        began, batches, error = self._clock.now(), [], None
+        try:
+            batches = self.feed.step(self.state.global_step, num_batches)
+        except KavaError as found:
+            error = found
         self._clock.waited += self._clock.now() - began
-        return found
+        share_step(batches, self.kv_loss, self.ranks, error)
+        return batches, None
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out CE over all predicted tokens, per byte of text, and the KV loss; logs and returns them."""
@@ -239,29 +282,29 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         model = self.model
         training = model.training
         model.eval()
-        ce = torch.zeros((), dtype=torch.float64)
-        tokens = text_bytes = 0
-        kv_terms = Mean()
-        with torch.no_grad():
-            for inputs in self.get_eval_dataloader():
-                inputs = self._prepare_inputs(inputs)
+        ce = tokens = text_bytes = 0.0
+        means = Mean()
+        with torch.no_grad(), closing(self.feed.heldout()) as batches:
+            for batch in batches:
+                inputs = self._prepare_inputs(batch)
                 found = self._forward(model, inputs)
-                ce += found.ce.double().cpu()
+                ce += float(found.ce.double())
                 tokens += int(found.tokens)
+                text_bytes += inputs["text_bytes"]
+                if found.logits is not None and found.divergence is not None:
+                    means.add({"logits": found.divergence}, len(found.logits))
                 if self.kv_loss is not None:
                     weights = self.kv_loss.token_weights(inputs["kv_mask"], inputs["segments"])
                     total = float((inputs["kv_mask"] if weights is None else weights).sum())
-                    kv_terms.add(found.kv, total)
-        for index in self.eval_dataset.indices:
-            sample = self.eval_dataset.store.sample(index, keys=False, values=False)
-            text_bytes += int((sample.spans[:, 1] - sample.spans[:, 0]).sum())
+                    means.add(found.kv, total)
         model.train(training)
-        mean = float(ce) / max(tokens, 1)
+        ce, tokens, text_bytes = self.ranks.sum([ce, tokens, text_bytes])
+        mean = ce / max(tokens, 1)
         metrics = {
             "heldout_ce": mean,
             "heldout_perplexity": float(torch.tensor(mean).exp()),
-            "heldout_ce_per_byte": float(ce) / max(text_bytes, 1),
-            **{f"heldout_{name}": value for name, value in kv_terms.take().items()},
+            "heldout_ce_per_byte": ce / max(text_bytes, 1),
+            **{f"heldout_{name}": value for name, value in means.take(self.ranks).items()},
         }
         self.log(metrics)
         self._heldout = (self.state.global_step, metrics)
@@ -270,7 +313,9 @@ class KVTrainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the terms of the loss, averaged since the last log, and speed and memory."""
         if "loss" in logs:
-            logs |= self._terms.take() | self._clock.take()
+            logs |= self._terms.take(self.ranks) | self._clock.take(self.ranks)
+        # The Trainer's loop, which is to know nothing of epochs, takes the whole training for one.
+        self.state.epoch = self.feed.epochs(self.state.global_step)
         super().log(logs, start_time)
 
     def load_state(self, checkpoint: Path) -> None:
@@ -281,7 +326,8 @@ class KVTrainer(Trainer):  # type: ignore[misc]
             # Asked to go on from the last step, the Trainer would take one more.
             self._load_from_checkpoint(str(checkpoint))
         self._heldout = (state["heldout"][0], state["heldout"][1])
-        self._terms.load(state["terms"])
+        self.feed.load(state["feed"])
+        self._terms.load(state["terms"][self.ranks.rank])
         self._alarm.above = set(state["above"])
         if self.auto is not None:
             self.auto = AutoAlpha(**state["alpha"])
@@ -289,7 +335,8 @@ class KVTrainer(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         state = {
             "heldout": self._heldout,
-            "terms": self._terms.state(),
+            "feed": self.feed.state(self.state.global_step),
+            "terms": self.ranks.gather(self._terms.state()),
             "above": sorted(self._alarm.above),
             "alpha": None if self.auto is None else asdict(self.auto),
         }
@@ -298,6 +345,11 @@ class KVTrainer(Trainer):  # type: ignore[misc]
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / STATE, json.dumps(state).encode())
         super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The file after this one says that the checkpoint is whole.
+        self.ranks.wait()
 
     def _weight(self) -> float:
         """Alpha in the step in hand."""
@@ -309,23 +361,39 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         settings, step = self.settings, self.state.global_step
         later = settings.alpha_update_steps
         finding = self.auto is not None and (step < settings.alpha_steps or (later is not None and step % later == 0))
-        if not finding and step % (settings.measure_steps or max(100, settings.logging_steps)):
+        if not finding and not self._measures:
             return
-        norms = torch.stack(gradient_norms(ce, kv, list(self.model.parameters())))
-        of_ce, of_kv = self.accelerator.reduce(norms, "mean").tolist()
+        of_ce, of_kv = self._norms(ce, kv)
         if finding and self.auto is not None:
             self.auto.update(of_ce, of_kv)
-        if of_ce > 0:
-            self._terms.add({"kv_gradient_share": self._weight() * of_kv / of_ce})
+        self._log_share("kv", self._weight(), (of_ce, of_kv))
+
+    @property
+    def _measures(self) -> bool:
+        """Whether gradients are measured for the log in the step in hand."""
+        every = self.settings.measure_steps or max(100, self.settings.logging_steps)
+        return bool(self.state.global_step % every == 0)
+
+    def _norms(self, ce: torch.Tensor, term: torch.Tensor) -> tuple[float, float]:
+        """See `gradient_norms`; the mean over ranks."""
+        norms = torch.stack(gradient_norms(ce, term, list(self.model.parameters())))
+        of_ce, of_term = self.accelerator.reduce(norms, "mean").tolist()
+        return of_ce, of_term
+
+    def _log_share(self, name: str, weight: float, norms: tuple[float, float]) -> None:
+        if norms[0] > 0:
+            self._terms.add({f"{name}_gradient_share": weight * norms[1] / norms[0]})
 
     def _measure_spread(self, student: dict[str, dict[int, torch.Tensor]], inputs: dict[str, Any]) -> None:
         """The spread of the student's own tensors in the step that is logged next, and the alarm."""
         if (self.state.global_step + 1) % self.settings.logging_steps:
             return
+        assert self.kv_loss is not None
         mask, ratios = inputs["kv_mask"], {}
-        for name, layers in student.items():
-            for layer, tensor in layers.items():
-                if (ratio := spread_ratio(tensor[mask], inputs[name][:, :, layer][mask])) is not None:
+        for name in self.kv_loss.names:
+            for place, layer in enumerate(self.kv_loss.layers):
+                own, wanted = student[name][layer], inputs[name][:, :, place]
+                if (ratio := spread_ratio(own[mask], wanted[mask])) is not None:
                     ratios[f"{name}_spread_{layer}"] = ratio
         self._terms.add(ratios)
         for name in self._alarm.check(ratios):
@@ -335,19 +403,30 @@ class KVTrainer(Trainer):  # type: ignore[misc]
                 f"{self.settings.collapse_threshold:g} times as much as the target's, they may be collapsing",
             )
 
-    def _blame(self, model: Any, inputs: dict[str, Any]) -> str:
+    def _blame(self, inputs: dict[str, Any]) -> str:
         """Which terms have a gradient that is not finite, of a batch whose summed gradient is not."""
-        found = self._forward(model, self._prepare_inputs(inputs))
+        # Of the model itself: what is around it for several ranks would wait for them.
+        found = self._forward(self.model, self._prepare_inputs(inputs))
         terms = {"ce": found.ce / found.tokens.clamp(min=1)}
         terms |= {name: self._weight() * value for name, value in found.kv.items() if value.requires_grad}
+        if self.settings.logits is not None and found.divergence is not None:
+            terms["logits"] = self.settings.logits.weight * found.divergence
         bad = not_finite(terms, list(self.model.parameters()))
         return ", ".join(bad or ["of the sum of accumulated batches"])
 
-    def _not_finite(self, what: str, inputs: dict[str, Any]) -> TrainingError:
-        step, samples = self.state.global_step + 1, ", ".join(inputs["sample_ids"])
-        return TrainingError(
-            f"train: {what} is not finite in step {step}, samples {samples}; the last checkpoint was "
-            "kept. Look at them with kava inspect --sample, or lower train.learning_rate or train.alpha"
+    def _stop_unless(self, finite: bool, inputs: dict[str, Any], what: Callable[[], str]) -> None:
+        """Stops all ranks where one has found something that is not finite, with the samples of all that have."""
+        if not any(self.ranks.max([float(not finite)])):
+            return
+        found = self.ranks.gather(None if finite else (what(), inputs["sample_ids"]))
+        told = [one for one in found if one is not None]
+        samples = ", ".join(sample for _, ids in told for sample in ids)
+        raise agreed(
+            TrainingError(
+                f"train: {told[0][0]} is not finite in step {self.state.global_step + 1}, samples {samples}; the last "
+                "checkpoint was kept. Look at them with kava inspect --sample, or lower train.learning_rate or "
+                "train.alpha"
+            )
         )
 
     def _forward(self, model: Any, inputs: dict[str, Any]) -> _Pass:
@@ -355,37 +434,23 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         layers = self.kv_loss.layers if self.kv_loss else ()
         with KVTap(self.accelerator.unwrap_model(model), layers=layers) as tap:
             logits = model(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs.get("attention_mask"),
+                position_ids=inputs.get("position_ids"),
+                use_cache=False,
             ).logits
         labels = inputs["labels"][:, 1:]
         ce = F.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
+        divergences = None
+        if self.settings.logits is not None:
+            known = taught(inputs["labels"], inputs["logit_ids"])
+            cached = [inputs[name][:, :-1][known] for name in LOGITS]
+            divergences = logit_loss(logits[:, :-1][known], *cached, temperature=self.settings.logits.temperature)
         student = {"keys": tap.keys, "values": tap.values}
         kv = {}
         if self.kv_loss is not None:
-            target = {name: inputs[name] for name in student}
-            kv = self.kv_loss(student, target, inputs["kv_mask"], inputs["segments"])
-        return _Pass(ce, (labels != IGNORED).sum(), kv, student)
-
-
-def _check_targets(store: Targets, model: Any, tokenizer: Any, corpus_digest: str | None) -> None:
-    manifest = store.manifest
-    if manifest.kind == "selected":
-        raise StageError(
-            f"{store.path} is a selected store: its slots are no targets for the student's tokens; train on what "
-            "kava project makes"
-        )
-    if manifest.kind != "target":
-        raise StageError(f"{store.path} is a {manifest.kind} store, not targets; run kava project first")
-    if missing := store.missing_parts():
-        raise StageError(f"{store.path}: {len(missing)} of {manifest.num_parts} parts are missing; run kava project")
-    problems = []
-    if (own := probe_geometry(model)) != manifest.geometry:
-        problems.append(f"geometry: {manifest.geometry} there, {own} in the student")
-    if (digest := tokenizer_digest(tokenizer)) != manifest.tokenizer_digest:
-        problems.append(f"tokenizer: {manifest.tokenizer_digest} there, {digest} in the student")
-    if corpus_digest is not None and corpus_digest != manifest.corpus_digest:
-        problems.append(f"corpus: {manifest.corpus_digest} there, {corpus_digest} in the recipe")
-    if problems:
-        raise StageError(f"{store.path} was made for another student ({'; '.join(problems)}); run kava project again")
+            target = {name: inputs[name] for name in self.kv_loss.names}
+            kv = self.kv_loss(student, target, inputs["kv_mask"], inputs["segments"], inputs.get("sample_numbers"))
+        return _Pass(ce, (labels != IGNORED).sum(), kv, student, divergences)

@@ -17,6 +17,7 @@ from ...store import KVGeometry
 from ...store.dtypes import dtype_of
 from ...store.manifest import default_page_tokens
 from ..maps.layers import LayerMap, layer_map
+from ..misfits import refuse_misfits
 from ..parts import BYTES_PER_TOKEN
 from ..run import Run
 from ..stages import stages_of
@@ -61,7 +62,7 @@ def print_plan(run: Run, chosen: list[str], out: Console) -> None:
         reading = "" if fuse.materialize else ", while they are read"
         out.print(f"{fuse.name:<19} {' + '.join(recipe.fused_teachers)}, weights by {fuse.weights}{reading}\n")
     for name in teachers:
-        reach(name, lambda name=name: run.refuse_misfits(name), None)  # type: ignore[misc]
+        reach(name, lambda name=name: refuse_misfits(run, name), None)  # type: ignore[misc]
     corpus, _ = reach("corpus", lambda: run.corpus, None)
     if corpus is not None:
         size = sum(len(r.text.encode()) for r in corpus.records)

@@ -89,8 +89,8 @@ class FusedTargets(Sequence[KVSample]):
         """Layers, KV heads and head width."""
         return self.manifest.geometry
 
-    def sample(self, index: int, *, keys: bool = True, values: bool = True) -> KVSample:
-        """Sample `index`, with `weights` `[k]` among its extras; keys and values are read only if asked for.
+    def sample(self, index: int, *, keys: bool = True, values: bool = True, extras: bool = True) -> KVSample:
+        """Sample `index`, with `weights` `[k]` as its only extra; keys and values are read only if asked for.
 
         Raises:
             IndexError: if there is no such sample.
@@ -120,6 +120,12 @@ class FusedTargets(Sequence[KVSample]):
             mask=np.asarray(masks.any(0)),
             extras={"weights": weights},
         )
+
+    @property
+    def lengths(self) -> Array:
+        """As `KVStore.lengths`; of a sample that failed in some teachers, what the others have."""
+        found: Array = np.max([store.lengths for store in self.stores.values()], axis=0)
+        return found
 
     def weights(self, number: int) -> Array:
         """`[samples, k]`: how much each teacher counts in each sample of a part; zeros where all failed."""

@@ -33,6 +33,8 @@ class KavaError(Exception):
     """Base of all errors that are the user's to mend."""
 
     exit_code: int = EXIT_USER
+    agreed: bool = False
+    """Whether all processes that train together raise it, so that it is enough if the first one tells."""
 
 
 class RecipeError(KavaError, ValueError):

@@ -262,6 +262,12 @@ def chat_template_digest(tokenizer: Any) -> str:
     return digest_json(tokenizer.chat_template)
 
 
+def token_digests(source: ModelSource, *, chat_template: bool) -> tuple[str, str | None]:
+    """What determines the tokens of a text: digests of the tokenizer and, where it is used, of its chat template."""
+    tokenizer = load_tokenizer(source)
+    return tokenizer_digest(tokenizer), chat_template_digest(tokenizer) if chat_template else None
+
+
 def _gguf_sidecar(source: ModelSource) -> Path:
     """Config and tokenizer of a GGUF file as ordinary files, made once: reading them from GGUF takes ten seconds."""
     from transformers import AutoConfig, AutoTokenizer

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kava.errors import CorpusError, StoreError
 from kava.extract import Captured, CaptureSettings, Corpus, Encoder, Record, Tokens, capture_store
 from kava.extract.hf import HFTeacher, plan_batches
+from kava.extract.signals import signal_arrays
 from kava.store import KVStore, Segment
 
 ENCODER = Encoder(byte_level_tokenizer(400))
@@ -126,3 +127,18 @@ def test_too_long_stops_or_is_recorded(tmp_path: Path, teacher: HFTeacher) -> No
     assert list(store.failed) == ["long"]
     assert len(store.indices()) == 8
     assert store.verify() == []
+
+
+def test_logits_that_are_no_numbers_fail_their_sample(tmp_path: Path) -> None:
+    """The head alone is damaged: keys and values are finite."""
+    model = tiny_model("llama", vocab=400)
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.inf
+    teacher = HFTeacher(model, batch_tokens=120)
+    teacher.signals.logits = 3
+    extras = signal_arrays(teacher.geometry, importance=False, confidence=False, logits=3)
+    store = KVStore.create(
+        tmp_path / "s.zarr", manifest(2, 4, geometry=teacher.geometry, dtype="float32", page_tokens=8, extras=extras)
+    )
+    capture_store(store, _corpus(2), ENCODER, teacher, CaptureSettings())
+    assert store.failed == {"r0": "non-finite logits", "r1": "non-finite logits"}

@@ -12,11 +12,11 @@ from fixtures.models import ARCHITECTURES, own_rotation, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kava.errors import UnsupportedModelError
+from kava.errors import RecipeError, UnsupportedModelError
 from kava.extract import Tokens
 from kava.extract.hf import HFTeacher
 from kava.extract.signals import answer_attention, signal_arrays
-from kava.store import Segment
+from kava.store import LOGITS, Segment
 from kava.tap import KVTap, decoder
 
 PROMPT, RATIONALE, ANSWER, NONE = Segment.PROMPT, Segment.RATIONALE, Segment.ANSWER, Segment.NONE
@@ -137,6 +137,37 @@ def test_confidence_is_the_models_own_loss(model_type: str, padding_side: Any, m
         np.testing.assert_allclose(extras["entropy"], float(-(logs.exp() * logs).sum(-1).mean()), rtol=1e-5)
 
 
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_logits_are_the_models_own(model_type: str, padding_side: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every token, the last one too; some of the vocabulary, and all of it."""
+    monkeypatch.setattr("kava.extract.signals.BLOCK_BYTES", 4 * 96 * 3)  # Three rows of logits at a time.
+    model = tiny_model(model_type, **({"final_logit_softcapping": 0.5} if model_type == "gemma2" else {}))
+    batch = [_tokens(segments) for segments in SAMPLES]
+    for k in (7, 96):
+        teacher = HFTeacher(model, padding_side=padding_side, batch_tokens=60, logits=k)
+        for captured in teacher.capture(batch):
+            tokens, extras = batch[captured.index], captured.extras
+            assert set(extras) == set(signal_arrays(teacher.geometry, importance=False, confidence=False, logits=k))
+            with torch.no_grad():
+                own = model(input_ids=torch.from_numpy(tokens.input_ids).long()[None]).logits[0]
+            logs = own.double().log_softmax(-1).numpy()
+            ids, found, tail = (extras[name] for name in LOGITS)
+            assert (ids.dtype, found.dtype, tail.dtype) == (np.int32, np.float32, np.float32)
+            np.testing.assert_allclose(found, np.take_along_axis(logs, ids.astype(int), 1), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(found, -np.sort(-logs, axis=1)[:, :k], rtol=1e-4, atol=1e-5)
+            for row, one in enumerate(ids):
+                rest = [math.exp(p) for i, p in enumerate(logs[row]) if i not in one]
+                assert len(rest) == 96 - k
+                np.testing.assert_allclose(math.exp(tail[row]), math.fsum(rest), rtol=1e-4)
+            assert np.isneginf(tail).all() == (k == 96)
+
+
+def test_more_logits_than_there_are() -> None:
+    with pytest.raises(RecipeError, match=r"extract.logits: 97 is more than the 96 that the model has"):
+        HFTeacher(tiny_model("llama"), logits=97)
+
+
 def test_a_head_that_does_more_is_refused() -> None:
     model = tiny_model("llama")
     own = model.forward
@@ -147,8 +178,9 @@ def test_a_head_that_does_more_is_refused() -> None:
         return found
 
     model.forward = doubled
-    with pytest.raises(UnsupportedModelError, match="does something to its logits"):
-        HFTeacher(model, confidence=True)
+    for wanted in ({"confidence": True}, {"logits": 4}):
+        with pytest.raises(UnsupportedModelError, match="does something to its logits"):
+            HFTeacher(model, **wanted)
     HFTeacher(model)
 
 

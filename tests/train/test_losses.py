@@ -189,8 +189,13 @@ def test_relation_sees_neither_rotation_nor_the_number_of_heads(seed: int, heads
 
 def test_only_the_chosen_layers_and_sides() -> None:
     student, target, mask = _tensors()
-    found = _loss("mse", value_weight=0, layers=(1,))(student, target, mask)
+    loss = _loss("mse", value_weight=0, layers=(1,))
+    assert loss.names == ("keys",)
+    found = loss(student, {"keys": target["keys"][:, :, 1:2]}, mask)
     assert set(found) == {"kv", "keys_1"}
+    torch.testing.assert_close(found["keys_1"], _loss("mse")(student, target, mask)["keys_1"])
+    with pytest.raises(ValueError, match=r"3 layers of target keys for a loss on layers \(1,\)"):
+        loss(student, target, mask)
     found["kv"].backward()  # type: ignore[no-untyped-call]
     assert student["keys"][1].grad is not None
     assert student["keys"][0].grad is None

@@ -1,0 +1,52 @@
+"""What would be found out after a costly capture, found out before it."""
+
+from __future__ import annotations
+
+from ..errors import AlignmentError, CorpusError, ModelNotFoundError
+from ..hub import find_model, token_digests
+from ..store import Split
+from .maps.layers import layer_map
+from .run import Run
+
+
+def refuse_misfits(run: Run, name: str) -> None:
+    """Finds out before a capture what would be found out after it, as far as shapes and tokenizers tell.
+
+    Raises:
+        CorpusError: if nothing is left to train on.
+        AlignmentError: if the projection that the recipe asks for cannot be made for this teacher and student, or
+            the student is to be trained on logits of other tokens than its own.
+    """
+    recipe = run.recipe
+    if not run.corpus.split(Split.TRAIN):
+        raise CorpusError(f"corpus {recipe.corpus.path}: every sample is held out, none is left to train on")
+    try:
+        source, target = run.teacher_geometry(name), run.planned_student_geometry()
+    except ModelNotFoundError:  # The student may be on another machine.
+        return
+    project = recipe.project
+    layers = layer_map(project.layers, source.num_layers, target.num_layers)
+    alike = source.shape[1:] == target.shape[1:] and all(len(s) == 1 for s in layers or [[0]])
+    if project.heads == "identity" and not alike:
+        raise AlignmentError(
+            f"project.heads: identity needs equal heads and head_dim and one teacher layer for each, not {source} "
+            f"onto {target}; use procrustes, cca or pca"
+        )
+    if recipe.train.logits is not None and name == run.train_teacher:
+        _refuse_other_tokens(run, name)
+
+
+def _refuse_other_tokens(run: Run, name: str) -> None:
+    student = run.recipe.student
+    if isinstance(student.tokenizer, str):
+        source = find_model(student.tokenizer, trust_remote_code=student.trust_remote_code)
+    else:
+        source = find_model(str(student.model), revision=student.revision, trust_remote_code=student.trust_remote_code)
+    mine = token_digests(source, chat_template=student.chat_template)
+    theirs = token_digests(run.teacher_source(name), chat_template=run.teacher(name).chat_template)
+    for what, one, two in zip(("tokenizer", "chat template"), theirs, mine, strict=True):
+        if one != two:
+            raise AlignmentError(
+                f"train.logits: the {what} of teacher {name} is not the student's, so that its next tokens are not the "
+                "student's; leave train.logits out, or give the student the teacher's tokenizer and template"
+            )
