@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import EXIT_FAULT, EXIT_RETRY, KavaError, RecipeError, StageError
-from .cli_results import compare, print_table
+from .cli_results import compare, evaluate, print_table
 from .cli_store import Overrides, RecipePath, Scheduler, err, out, repair, transcode, verify
 from .commands.choose import check_stage, choose_stages
 
@@ -183,6 +183,7 @@ def train(recipe: RecipePath, overrides: Overrides = None, force: Force = False)
     _run(_load(recipe, overrides), ["train"], frozenset({"train"} if force else ()), None)
 
 
+app.command()(evaluate)
 app.command()(compare)
 
 
