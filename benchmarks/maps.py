@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from kava.pipeline import load_recipe
+from kava.pipeline.make import run_stages
 from kava.pipeline.report.projection import make_report, report_stages
 from kava.pipeline.run import Run
-from kava.pipeline.stages import run_stages, stages_of
+from kava.pipeline.stages import stages_of
 from kava.pipeline.store_stages import ExtractStage, ProjectStage
 from kava.store import KVStore
 from kava.train import TrainSettings, train_student

@@ -83,12 +83,13 @@ NOTES = {
     "fuse": "The targets must be complete. With `fuse.materialize: false` no store is written: they are read through\n"
     "once, for their statistics, and training fuses while it reads.",
     "train": "Goes on at its last checkpoint where `train.save_steps` is set. The targets must be complete.",
-    "evaluate": "Writes `evaluate.json` and `answers.jsonl` to the student's folder. Cross-entropy is over the tokens of\n"
-    "`train.ce_segments`, and per byte of text, which compares across tokenizers: a folder with any model goes, with\n"
-    "`--recipe`. KV error is the squared error of keys and values over the variance of the targets, by layer; it needs\n"
-    "the targets' tokenizer. Answers are greedy, from the prompt as it was trained on; the number after the first\n"
-    "`####`, else the last one, is compared by value with that of the sample's answer (`1,234`, `$5.00`, `3/4` and\n"
-    "negatives are read), with Wilson's 95 %. `--tasks` are lm-eval's, which finds or downloads their data by itself.",
+    "evaluate": "Writes `evaluate.json` and `answers.jsonl` to the student's folder. Cross-entropy is over the tokens\n"
+    "of `train.ce_segments`, and per byte of text, which compares across tokenizers: a folder with any model goes,\n"
+    "with `--recipe`. KV error is the squared error of keys and values over the variance of the targets, by layer; it\n"
+    "needs the targets' tokenizer. Answers are greedy, from the prompt as it was trained on; the number after the\n"
+    "first `####`, else the last one, is compared by value with that of the sample's answer (`1,234`, `$5.00`, `3/4`\n"
+    "and negatives are read), with Wilson's 95 %. `--tasks` are lm-eval's, which finds or downloads their data by\n"
+    "itself.",
     "compare": "Each arm and seed is a training in a folder of its own below `run_dir/compare`: what is finished is\n"
     "kept, what was cut off goes on, and a training whose recipe or targets changed is refused without `--force`,\n"
     "which makes the chosen ones again. `--arm` and `--seed` make one call one job of an array; a last `--no-train`\n"

@@ -6,14 +6,15 @@ thread while the next batch is computed. Batches never cross a part, so a part's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from ..errors import CorpusError, StoreError
-from ..store import BackgroundWriter, Derive, KVSample, KVStore
+from ..store import BackgroundWriter, Derive, KVSample, KVStore, Lock, claimed
 from .corpus import Corpus, Record
 from .teacher import Captured, Teacher
 from .tokens import Encoder, Tokens
@@ -44,7 +45,7 @@ def capture_store(
     sources: dict[str, str] | None = None,
     on_text: Callable[[int], None] = lambda size: None,
 ) -> None:
-    """Captures every part of `store` that is not written yet.
+    """Captures every part of `store` that is not written yet, and that no other process is capturing.
 
     Args:
         store: a store whose manifest describes this corpus and teacher.
@@ -64,9 +65,18 @@ def capture_store(
     if not settings.mix_backends:
         _refuse_other_backends(store, teacher.backend)
     wanted = [p for p in store.missing_parts() if parts is None or p in parts]
-    with BackgroundWriter(store, derive=derive) as writer:
-        for part in wanted:
+    claims: dict[int, Lock] = {}
+    with (
+        _released(claims),
+        BackgroundWriter(store, derive=derive, on_commit=lambda part: claims.pop(part).release()) as writer,
+    ):
+        for part, claim in claimed(wanted, lambda part, wait: store.claim(part, wait=wait)):
+            claims[part] = claim
             indices = store.manifest.part_samples(part)
+            if store.holds(part):  # Another process made it meanwhile.
+                claims.pop(part).release()
+                on_text(sum(len(corpus.records[i].text.encode()) for i in indices))
+                continue
             tokens = {position: encoder.encode(corpus.records[i]) for position, i in enumerate(indices)}
             writer.begin(part)
             for position in list(tokens):
@@ -90,6 +100,15 @@ def capture_store(
                     writer.append(position, _sample(record, tokens[position], captured))
                 on_text(len(record.text.encode()))
             writer.commit(sources, written_by=teacher.backend)
+
+
+@contextmanager
+def _released(claims: dict[int, Lock]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for claim in claims.values():
+            claim.release()
 
 
 def _refuse_other_backends(store: KVStore, backend: str) -> None:

@@ -18,7 +18,10 @@ from rich.table import Table
 
 from ..errors import EXIT_FAULT, EXIT_RETRY, KavaError, RecipeError, StageError
 from .cli_results import compare, evaluate, print_table
-from .cli_store import Overrides, RecipePath, Scheduler, err, out, repair, transcode, verify
+from .cli_store import OnlyTeacher, Overrides, RecipePath, Scheduler, err, out, repair, say, transcode, verify
+from .cluster.options import OnlyFailed, Parts, Rank, WorldSize, share_of
+from .cluster.share import ALL, Share
+from .cluster.signals import stopping_on_signals
 from .commands.choose import check_stage, choose_stages
 
 app = typer.Typer(
@@ -30,7 +33,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 Force = Annotated[bool, typer.Option("--force", help="Throw the output away and make it again.")]
-OnlyTeacher = Annotated[str | None, typer.Option("--teacher", help="Only this teacher of the recipe.")]
 
 
 @app.command()
@@ -62,7 +64,12 @@ def run(
         list[str] | None, typer.Option("--force", metavar="STAGE", help="Make this stage again. Repeatable.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    teacher: OnlyTeacher = None,
     scheduler: Scheduler = None,
+    rank: Rank = None,
+    world_size: WorldSize = None,
+    parts: Parts = None,
+    only_failed: OnlyFailed = False,
 ) -> None:
     """Run what is missing or stale: generate, student, extract, reference, resample, project, select, fuse, train."""
     loaded = _load(recipe, overrides)
@@ -76,8 +83,13 @@ def run(
 
         print_plan(loaded, chosen, out)
         return
+    share = share_of(rank, world_size, parts)
+    if not share.is_all and chosen[-1] == "train":
+        raise RecipeError(
+            f"training is not split by parts ({share}); add --until fuse, and run kava train once after it"
+        )
     loaded.recipe.save(loaded.root / "recipe.yaml")
-    _run(loaded, chosen, frozenset(force or []), scheduler)
+    _run(loaded, chosen, frozenset(force or []), scheduler, teacher, share, only_failed)
 
 
 @app.command()
@@ -98,6 +110,10 @@ def extract(
             help="Store nothing; compare N samples with Hugging Face in float32, layer by layer.",
         ),
     ] = None,
+    rank: Rank = None,
+    world_size: WorldSize = None,
+    parts: Parts = None,
+    only_failed: OnlyFailed = False,
 ) -> None:
     """Capture the teachers' keys and values into stores."""
     loaded = _load(recipe, overrides)
@@ -110,9 +126,10 @@ def extract(
         if not all(parity.holds for parity in found):
             raise typer.Exit(EXIT_FAULT)
         return
+    share = share_of(rank, world_size, parts)
     if retry_failed:
-        _drop_failed(loaded, teacher)
-    _run(loaded, ["generate", "extract"], frozenset({"extract"} if force else ()), None, teacher)
+        _drop_failed(loaded, teacher, share)
+    _run(loaded, ["generate", "extract"], frozenset({"extract"} if force else ()), None, teacher, share, only_failed)
 
 
 @app.command()
@@ -122,10 +139,16 @@ def resample(
     teacher: OnlyTeacher = None,
     force: Force = False,
     scheduler: Scheduler = None,
+    rank: Rank = None,
+    world_size: WorldSize = None,
+    parts: Parts = None,
+    only_failed: OnlyFailed = False,
 ) -> None:
     """Write the teachers' captures on the student's tokens, still in the teachers' geometry."""
     loaded = _load(recipe, [*(overrides or []), "resample.materialize=true"])
-    _run(loaded, ["student", "resample"], frozenset({"resample"} if force else ()), scheduler, teacher)
+    share = share_of(rank, world_size, parts)
+    forced = frozenset({"resample"} if force else ())
+    _run(loaded, ["student", "resample"], forced, scheduler, teacher, share, only_failed)
 
 
 @app.command()
@@ -138,18 +161,24 @@ def project(
     report: Annotated[
         bool, typer.Option("--report", help="Write no targets; fit the projector, measure it and draw it.")
     ] = False,
+    rank: Rank = None,
+    world_size: WorldSize = None,
+    parts: Parts = None,
+    only_failed: OnlyFailed = False,
 ) -> None:
     """Make the student's targets: resample time and project layers, heads and width."""
     loaded = _load(recipe, overrides)
+    share = share_of(rank, world_size, parts)
     if report:
-        if force:
+        if force or only_failed or not share.is_all:
             raise RecipeError(
-                "--force goes without --report, which makes no targets; a stale projector is fitted again"
+                "--report makes no targets, so it goes without --force, --only-failed, --rank and --parts; a stale "
+                "projector is fitted again"
             )
         _report(loaded, teacher, scheduler)
         return
     stages = ["student", "reference", *(["resample"] if loaded.recipe.resample.materialize else []), "project"]
-    _run(loaded, stages, frozenset({"project"} if force else ()), scheduler, teacher)
+    _run(loaded, stages, frozenset({"project"} if force else ()), scheduler, teacher, share, only_failed)
 
 
 @app.command()
@@ -159,22 +188,37 @@ def select(
     teacher: OnlyTeacher = None,
     force: Force = False,
     scheduler: Scheduler = None,
+    rank: Rank = None,
+    world_size: WorldSize = None,
+    parts: Parts = None,
+    only_failed: OnlyFailed = False,
 ) -> None:
     """Fill slots: the tokens of each sample that matter most, for each layer and KV head its own."""
     loaded = _load(recipe, overrides)
     if loaded.recipe.select is None:
         raise RecipeError(f"{recipe} has no select section; add one, or say -s select.tokens=24")
     before = ["student", "reference", "resample", "project"] if loaded.recipe.select.geometry == "student" else []
-    _run(loaded, [*before, "select"], frozenset({"select"} if force else ()), scheduler, teacher)
+    share = share_of(rank, world_size, parts)
+    _run(loaded, [*before, "select"], frozenset({"select"} if force else ()), scheduler, teacher, share, only_failed)
 
 
 @app.command()
-def fuse(recipe: RecipePath, overrides: Overrides = None, force: Force = False, scheduler: Scheduler = None) -> None:
+def fuse(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    force: Force = False,
+    scheduler: Scheduler = None,
+    rank: Rank = None,
+    world_size: WorldSize = None,
+    parts: Parts = None,
+    only_failed: OnlyFailed = False,
+) -> None:
     """Fuse the targets of several teachers into those that the student is trained on."""
     loaded = _load(recipe, overrides)
     if loaded.recipe.fuse is None:
         raise RecipeError(f"{recipe} has no fuse section; add one, or say -s fuse.weights=fixed")
-    _run(loaded, ["fuse"], frozenset({"fuse"} if force else ()), scheduler)
+    share = share_of(rank, world_size, parts)
+    _run(loaded, ["fuse"], frozenset({"fuse"} if force else ()), scheduler, None, share, only_failed)
 
 
 @app.command()
@@ -266,11 +310,12 @@ def _main(
 def main() -> None:
     """The console script: runs the command and turns errors into one line and an exit code."""
     try:
-        app()
+        with stopping_on_signals():
+            app()
     except KavaError as error:
         _fail(str(error), error.exit_code, error)
     except KeyboardInterrupt as error:
-        _fail("interrupted; finished parts are kept, the same command goes on", EXIT_RETRY, error)
+        _fail(str(error) or "interrupted; finished parts are kept, the same command goes on", EXIT_RETRY, error)
     except OSError as error:
         from ..store.files import disk_errors
 
@@ -282,15 +327,17 @@ def main() -> None:
 
 
 def _fail(message: str, code: int, error: BaseException) -> None:
+    _tell(message, error)
+    sys.exit(code)
+
+
+def _tell(message: str, error: BaseException) -> None:
     if os.environ.get("KAVA_VERBOSE"):
         import traceback
 
         traceback.print_exception(error)
     rank = os.environ.get("RANK", "0")
-    # Of several processes that train together the first tells what all have agreed on, and each what is its own.
-    if rank == "0" or not getattr(error, "agreed", False):
-        err.print(f"kava: {message}" if rank == "0" else f"kava: rank {rank}: {message}", style="red", markup=False)
-    sys.exit(code)
+    err.print(f"kava: {message}" if rank == "0" else f"kava: rank {rank}: {message}", style="red", markup=False)
 
 
 def _load(path: Path, overrides: list[str] | None) -> Any:
@@ -301,7 +348,13 @@ def _load(path: Path, overrides: list[str] | None) -> Any:
 
 
 def _run(
-    loaded: Any, names: list[str], force: frozenset[str], scheduler: str | None, teacher: str | None = None
+    loaded: Any,
+    names: list[str],
+    force: frozenset[str],
+    scheduler: str | None,
+    teacher: str | None = None,
+    share: Share = ALL,
+    only_failed: bool = False,
 ) -> None:
     from .stages import stages_of
 
@@ -310,30 +363,50 @@ def _run(
     stages = [s for s in stages_of(loaded) if s.name in names and (teacher is None or s.teacher in (None, teacher))]
     if not stages:
         raise RecipeError(f"this recipe asks for no stage {', '.join(names)}; docs/recipe.md says which section does")
-    _make(stages, force, scheduler)
+    if share.parts is not None and not any(s.splits and s.name != "generate" for s in stages):
+        raise RecipeError(f"--parts: {', '.join(names)} has no parts of a store; split generate by --rank")
+    if only_failed:
+        if force:
+            raise RecipeError("--only-failed goes without --force, which makes everything again")
+        from .repair import repair_stage
+        from .store_stages import StoreStage
+
+        for stage in stages:
+            if isinstance(stage, StoreStage):
+                repair_stage(stage, failed=True, scheduler=scheduler, say=say, share=share)
+        return
+    _make(stages, force, scheduler, share)
 
 
-def _make(stages: Any, force: frozenset[str], scheduler: str | None) -> None:
+def _make(stages: Any, force: frozenset[str], scheduler: str | None, share: Share = ALL) -> None:
     from ..train.ranks import Ranks
-    from .stages import run_stages
+    from .make import run_stages
 
-    def say(label: str, line: str) -> None:
-        out.print(f"{label + ':':<18} {line}", markup=False)
-
-    _one_process({stage.name for stage in stages} - {"train"})
-    ranks = Ranks.join(use_cpu=any(stage.run.recipe.train.arguments.get("use_cpu") for stage in stages))
-    run_stages(stages, force=force, scheduler=scheduler, say=say, ranks=ranks)
+    trains = any(stage.name == "train" for stage in stages)
+    _one_process({stage.name for stage in stages} - {"train"}, share)
+    use_cpu = any(stage.run.recipe.train.arguments.get("use_cpu") for stage in stages)
+    ranks = Ranks.join(use_cpu=use_cpu) if trains else Ranks()
+    try:
+        run_stages(stages, force=force, scheduler=scheduler, share=share, say=say, ranks=ranks)
+    except KavaError as error:
+        if not error.agreed:
+            raise
+        if ranks.is_first:
+            _tell(str(error), error)
+        # torchrun ends the others as soon as one has ended: not before it was told why.
+        ranks.wait()
+        sys.exit(error.exit_code)
     ranks.leave()
 
 
-def _one_process(stages: set[str]) -> None:
+def _one_process(stages: set[str], share: Share) -> None:
     """Several processes train one student; what else they would do, each would do on its own, in the others' way."""
     from ..train.ranks import num_processes
 
-    if stages and num_processes() > 1:
+    if stages and num_processes() > 1 and share.is_all:
         raise StageError(
             f"torchrun is for kava train: {', '.join(sorted(stages))} would run {num_processes()} times; run it alone "
-            "first"
+            "first, or split it with --rank auto"
         )
 
 
@@ -363,15 +436,18 @@ def _report(loaded: Any, teacher: str | None, scheduler: str | None) -> None:
         out.print(f"{numbers}\n{picture}", markup=False)
 
 
-def _drop_failed(loaded: Any, teacher: str | None) -> None:
+def _drop_failed(loaded: Any, teacher: str | None, share: Share) -> None:
     from ..store import KVStore
+    from .store_stages import ExtractStage, ProjectStage, StoreStage
 
     for name in _teachers(loaded, teacher):
-        paths = [loaded.teacher_path(name)]
+        stages: list[StoreStage] = [ExtractStage(loaded, name, share)]
         if loaded.recipe.extract.keep == "target" and loaded.target_path(name).exists():
-            paths.append(loaded.target_path(name))  # Of most parts there is no capture; kava project asks the teacher.
-        for store in map(KVStore.open, paths):
-            for part in store.committed_parts():
+            # Of most parts there is no capture; kava project asks the teacher.
+            stages.append(ProjectStage(loaded, name, share))
+        for stage in stages:
+            store = KVStore.open(stage.output)
+            for part in set(stage.mine(store.manifest)) & set(store.committed_parts()):
                 if store.part(part).failed:
                     store.drop_part(part)
 

@@ -30,9 +30,9 @@ def compare(
     """Train arms and seeds of one recipe at equal steps and batches, and compare them on held-out samples."""
     from ..train.ranks import num_processes
     from .compare_stage import SUMMARY, arm_stages, save_summary
+    from .make import run_stages
     from .recipe import load_recipe
     from .run import Run
-    from .stages import run_stages
 
     loaded = Run(load_recipe(recipe, overrides or ()))
     stages: list[Any] = list(arm_stages(loaded, arm, seed))

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from ..errors import EXIT_FAULT
+from .cluster.options import Parts, Rank, WorldSize, share_of
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -28,19 +29,31 @@ Scheduler = Annotated[
 ]
 
 
+OnlyTeacher = Annotated[str | None, typer.Option("--teacher", help="Only this teacher of the recipe.")]
+
+
+def say(label: str, line: str) -> None:
+    """Says what became of a stage."""
+    out.print(f"{label + ':':<18} {line}", markup=False)
+
+
 def verify(
     stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Stores to check.", show_default=False)],
+    rank: Rank = None,
+    world_size: WorldSize = None,
+    parts: Parts = None,
 ) -> None:
     """Check every byte of every part against its checksums."""
     from ..progress import progress
     from ..store import KVStore, verify_store
 
-    damaged = False
+    damaged, share = False, share_of(rank, world_size, parts)
     for path in stores:
         store = KVStore.open(path)
-        parts = store.committed_parts()
-        with progress("verify", len(parts), "parts") as advance:
-            found = verify_store(store, on_part=lambda part, advance=advance: advance(1))  # type: ignore[misc]
+        share.check(store.manifest.num_parts, str(path))
+        chosen = set(share.of(range(store.manifest.num_parts))) & set(store.committed_parts())
+        with progress("verify", len(chosen), "parts") as advance:
+            found = verify_store(store, on_part=lambda part, advance=advance: advance(1), parts=chosen)  # type: ignore[misc]
         for damage in found:
             err.print(f"{path}: {damage}", style="red", markup=False)
         missing = len(store.missing_parts())
@@ -48,11 +61,11 @@ def verify(
         if found:
             damaged = True
             err.print(
-                f"{path}: {len(found)} damages in {len({d.part for d in found} - {None})} of {len(parts)} parts{note}",
+                f"{path}: {len(found)} damages in {len({d.part for d in found} - {None})} of {len(chosen)} parts{note}",
                 markup=False,
             )
         else:
-            out.print(f"{path}: {len(parts)} parts are as they were written{note}", markup=False)
+            out.print(f"{path}: {len(chosen)} parts are as they were written{note}", markup=False)
     if damaged:
         raise typer.Exit(EXIT_FAULT)
 
@@ -66,8 +79,12 @@ def repair(
             "--store", metavar="NAME", help="Only this store: its stage (extract, 'project big') or its path."
         ),
     ] = None,
+    teacher: OnlyTeacher = None,
     failed: Annotated[bool, typer.Option("--failed", help="Make parts with failed samples again too.")] = False,
     scheduler: Scheduler = None,
+    rank: Rank = None,
+    world_size: WorldSize = None,
+    parts: Parts = None,
 ) -> None:
     """Check the recipe's stores, and make damaged parts again, those alone."""
     from .recipe import load_recipe
@@ -77,9 +94,11 @@ def repair(
     repair_stores(
         Run(load_recipe(recipe, overrides or ())),
         only=store,
+        teacher=teacher,
         failed=failed,
+        share=share_of(rank, world_size, parts),
         scheduler=scheduler,
-        say=lambda label, line: out.print(f"{label + ':':<18} {line}", markup=False),
+        say=say,
     )
 
 
@@ -93,15 +112,22 @@ def transcode(
         str | None, typer.Option(help="bfloat16, float16 or float32; the store's own if not given.")
     ] = None,
     scheduler: Scheduler = None,
+    rank: Rank = None,
+    world_size: WorldSize = None,
+    parts: Parts = None,
 ) -> None:
     """Rewrite a store under another codec or dtype, part by part; run again, it goes on where it was stopped."""
     from ..progress import progress
     from ..store import KVStore
     from .transcode import transcode_store
 
-    source = KVStore.open(store)
-    with progress("transcode", len(source.committed_parts()), "parts") as advance:
-        made = transcode_store(source, into, codec, dtype, scheduler=scheduler, on_part=lambda part: advance(1))
+    source, share = KVStore.open(store), share_of(rank, world_size, parts)
+    share.check(source.manifest.num_parts, str(store))
+    mine = set(share.of(range(source.manifest.num_parts)))
+    with progress("transcode", len(mine & set(source.committed_parts())), "parts") as advance:
+        made = transcode_store(
+            source, into, codec, dtype, parts=mine, scheduler=scheduler, on_part=lambda part: advance(1)
+        )
     before, after = source.size_on_disk(), made.size_on_disk()
     missing = len(source.missing_parts())
     content = "the same content" if made.manifest.fingerprint == source.manifest.fingerprint else "other content"

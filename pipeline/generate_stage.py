@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from ..errors import CorpusError
 from ..extract.generate import GenerateSettings, Question, prompt_ids, question_of, row_of
 from ..hub import load_tokenizer, stop_token_ids
 from ..progress import progress
+from ..store import Lock, claimed
 from ..store.files import disk_errors, write_atomic
 from .places import RECORD, read_record
 from .stage import Stage, Status
@@ -43,8 +43,13 @@ class GenerateStage(Stage):
             return Status("partial", f"{len(self._written())} of {len(self.run.prompts)} prompts answered")
         return Status("complete", _summary(record))
 
+    @property
+    def splits(self) -> bool:
+        """By chunks of prompts: a teacher's batches never cross one, so its text depends on nothing but the chunk."""
+        return True
+
     def make(self, scheduler: str | None) -> str:
-        """Asks what was not asked yet; keeps what matches."""
+        """Asks what was not asked yet; keeps what matches, when everything is answered."""
         run, settings = self.run, self.run.generate_settings
         name = run.generating_teacher
         record: dict[str, Any] = {
@@ -54,71 +59,69 @@ class GenerateStage(Stage):
             "prompts": run.prompts.digest,
         }
         with disk_errors(self.output):
-            self.output.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
+            self._answers.mkdir(parents=True, exist_ok=True)
+        if read_record(self.output).get("key") != run.generate_key:
+            write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
         questions = [question_of(r) for r in run.prompts.records]
+        chunks = [range(n, min(n + settings.chunk, len(questions))) for n in range(0, len(questions), settings.chunk)]
         rows = self._written()
-        missing = [number for number, q in enumerate(questions) if q.sample_id not in rows]
-        if missing:
-            record["backend"] = self._ask(name, questions, missing, settings)
-        else:
-            record["backend"] = next(iter(rows.values()))["written_by"]
-        rows = self._written()
+        mine = [chunks[number] for number in self.share.of(range(len(chunks)))]
+        if missing := [chunk for chunk in mine if any(questions[n].sample_id not in rows for n in chunk)]:
+            self._ask(name, questions, missing, settings)
+            rows = self._written()
+        if len(rows) < len(questions):
+            return f"{len(rows)} of {len(questions)} prompts answered; the others are not among {self.share}"
+        record["backend"] = next(iter(rows.values()))["written_by"]
         kept = [rows[q.sample_id] for q in questions if settings.keep == "all" or rows[q.sample_id]["matches"]]
         if not kept:
-            raise CorpusError(f"none of {len(rows)} answers matches; look at {self._log}, or set keep: all")
+            raise CorpusError(f"none of {len(rows)} answers matches; look at {self._answers}, or set keep: all")
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
         write_atomic(self.run.generated_dir / "corpus.jsonl", lines.encode())
         record |= {"kept": len(kept), "asked": len(rows), "matching": sum(row["matches"] for row in rows.values())}
         write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
         return _summary(record)
 
-    def _ask(self, name: str, questions: list[Question], missing: list[int], settings: GenerateSettings) -> str:
+    def _ask(self, name: str, questions: list[Question], chunks: list[range], settings: GenerateSettings) -> None:
         run, encoder = self.run, self.run.teacher_encoder(name)
         tokenizer, stop_ids = load_tokenizer(run.teacher_source(name)), stop_token_ids(run.teacher_source(name))
-        with (
-            open_writer(run, name) as writer,
-            progress(self.label, len(missing), "prompts") as advance,
-            disk_errors(self._log),
-            self._log.open("a", encoding="utf-8") as log,
-        ):
-            for start in range(0, len(missing), settings.chunk):
-                chosen = missing[start : start + settings.chunk]
-                prompts = [prompt_ids(encoder, questions[number], settings) for number in chosen]
-                for number, ids in zip(chosen, prompts, strict=True):
-                    if len(ids) + settings.max_new_tokens > writer.max_tokens:
-                        raise CorpusError(
-                            f"sample {questions[number].sample_id!r}: {len(ids)} tokens and {settings.max_new_tokens} "
-                            f"new ones are more than the {writer.max_tokens} that the teacher reads"
-                        )
-                written = writer.generate(prompts, settings, stop_ids=stop_ids, numbers=chosen)
-                for number, ids in zip(chosen, written, strict=True):
-                    text = tokenizer.decode(ids, skip_special_tokens=True)
-                    row = {**row_of(questions[number], text), "written_by": writer.backend}
-                    log.write(json.dumps(row, ensure_ascii=False) + "\n")
-                log.flush()
-                os.fsync(log.fileno())
-                advance(len(chosen))
-            return writer.backend
+        total = sum(len(chunk) for chunk in chunks)
+        with open_writer(run, name) as writer, progress(self.label, total, "prompts") as advance:
+            for chunk, lock in claimed(chunks, self._claim):
+                try:
+                    rows = self._written()
+                    asked = [number for number in chunk if questions[number].sample_id not in rows]
+                    prompts = [prompt_ids(encoder, questions[number], settings) for number in asked]
+                    for number, ids in zip(asked, prompts, strict=True):
+                        if len(ids) + settings.max_new_tokens > writer.max_tokens:
+                            raise CorpusError(
+                                f"sample {questions[number].sample_id!r}: {len(ids)} tokens and "
+                                f"{settings.max_new_tokens} new ones are more than the {writer.max_tokens} that the "
+                                "teacher reads"
+                            )
+                    if asked:
+                        written = writer.generate(prompts, settings, stop_ids=stop_ids, numbers=asked)
+                        lines = ""
+                        for number, ids in zip(asked, written, strict=True):
+                            text = tokenizer.decode(ids, skip_special_tokens=True)
+                            row = {**row_of(questions[number], text), "written_by": writer.backend}
+                            lines += json.dumps(row, ensure_ascii=False) + "\n"
+                        write_atomic(self._answers / f"{asked[0]:08d}-{asked[-1]:08d}.jsonl", lines.encode())
+                    advance(len(chunk))
+                finally:
+                    lock.release()
+
+    def _claim(self, chunk: range, wait: bool) -> Lock | None:
+        return Lock.take(self._answers / f".{chunk.start:08d}.lock", wait=wait)
 
     @property
-    def _log(self) -> Path:
-        return self.output / "answers.jsonl"
+    def _answers(self) -> Path:
+        return self.output / "answers"
 
     def _written(self) -> dict[str, dict[str, Any]]:
-        """Every answer so far by sample id; a line that was cut off is asked again."""
-        if not self._log.exists():
-            return {}
-        rows, whole = {}, b""
-        for line in self._log.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                break
-            row = json.loads(line)
-            rows[row["id"]] = row
-            whole += line
-        if len(whole) != self._log.stat().st_size:
-            write_atomic(self._log, whole)
-        return rows
+        """Every answer so far by sample id, in the order of the prompts."""
+        files = sorted(self._answers.glob("[0-9]*.jsonl"))
+        rows = [json.loads(line) for path in files for line in path.read_bytes().splitlines()]
+        return {row["id"]: row for row in rows}
 
 
 def _summary(record: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from ..progress import progress
 from ..store import KVStore, verify_store
 from ..store.files import write_atomic
 from ..store.table import header_bytes
+from .cluster import ALL, Share
 from .run import Run
 from .stages import stages_of
 from .store_stages import StoreStage
@@ -39,7 +40,9 @@ def repair(
     run: Run,
     *,
     only: str | None = None,
+    teacher: str | None = None,
     failed: bool = False,
+    share: Share = ALL,
     scheduler: str | None = None,
     say: Callable[[str, str], None] = lambda label, line: None,
 ) -> list[Repaired]:
@@ -48,7 +51,9 @@ def repair(
     Args:
         run: the run.
         only: the name or label of a stage, or the path of its store: only that one.
+        teacher: only the stores of this teacher.
         failed: also make parts with failed samples again.
+        share: which parts of each store to check and to make again.
         scheduler: see `run_parts`.
         say: called with a stage's label and what was found or done, as it comes.
 
@@ -66,13 +71,22 @@ def repair(
             known = ", ".join(f"{stage.label!r} ({stage.output})" for stage in stages)
             raise RecipeError(f"--store {only}: this recipe has no such store, only {known}")
         stages = list(named.values())
-    found = [_repair_stage(stage, failed=failed, scheduler=scheduler, say=say) for stage in stages]
+    if teacher is not None:
+        run.teacher(teacher)
+        stages = [stage for stage in stages if stage.teacher == teacher]
+    found = [repair_stage(stage, failed=failed, share=share, scheduler=scheduler, say=say) for stage in stages]
     return [repaired for repaired in found if repaired is not None]
 
 
-def _repair_stage(
-    stage: StoreStage, *, failed: bool, scheduler: str | None, say: Callable[[str, str], None]
+def repair_stage(
+    stage: StoreStage,
+    *,
+    failed: bool,
+    share: Share = ALL,
+    scheduler: str | None,
+    say: Callable[[str, str], None],
 ) -> Repaired | None:
+    """The same for one store; None if it is not there."""
     damages: list[str] = []
     try:
         store = KVStore.open(stage.output)
@@ -85,16 +99,19 @@ def _repair_stage(
     except StoreError as error:
         store, problem = _restored(stage, str(error))
         damages.append(problem)
-    with progress(f"verify {stage.label}", len(store.committed_parts()), "parts") as advance:
-        found = verify_store(store, on_part=lambda part: advance(1))
+    if stage.splits:
+        stage.share = share
+    mine = set(stage.mine(store.manifest)) & set(store.committed_parts())
+    with progress(f"verify {stage.label}", len(mine), "parts") as advance:
+        found = verify_store(store, on_part=lambda part: advance(1), parts=mine)
     damages += map(str, found)
     bad = {damage.part for damage in found if damage.part is not None}
     if any(damage.part is None for damage in found):
         write_atomic(store.path / "parts" / "zarr.json", header_bytes({}))
     if failed:
-        bad |= {p for p in store.committed_parts() if p not in bad and _may_retry(stage, store, p)}
+        bad |= {p for p in mine if p not in bad and _may_retry(stage, store, p)}
     # An older recipe's store may be whole; only to change it, the recipe must be the one that made it.
-    waiting = set(store.parts_set_aside()) - set(store.committed_parts())
+    waiting = set(store.parts_set_aside()) & set(stage.mine(store.manifest)) - set(store.committed_parts())
     fits = not store.manifest.differences(stage.manifest()) if bad or waiting else True
     for line in damages:
         say(stage.label, line)
@@ -107,12 +124,12 @@ def _repair_stage(
         _check_inputs(stage, bad | waiting)
     for part in sorted(bad):
         store.set_aside(part)
-    parts = bad | waiting | set(_outdated(stage, store))
+    parts = bad | waiting | set(_outdated(stage, store)) & set(stage.mine(store.manifest))
     if not parts:
-        line = "repaired its headers" if damages else f"{len(store.committed_parts())} parts are as they were written"
+        line = "repaired its headers" if damages else f"{len(mine)} parts are as they were written"
         say(stage.label, line)
         return Repaired(stage.label, tuple(damages), (), line)
-    stage.only = frozenset(parts)
+    stage.share = Share(parts=frozenset(parts))
     made = stage.make(scheduler)
     KVStore.open(stage.output).remove_set_aside()
     line = f"made part{'s' * (len(parts) > 1)} {', '.join(map(str, sorted(parts)))} again; {made}"

@@ -358,7 +358,7 @@ class Run(Places):
         """
         settings = settings or self.recipe.train
         how = {"name", "teacher", "logging_steps", "eval_steps", "save_steps", "num_workers"}
-        how |= {"measure_steps", "collapse_threshold"}
+        how |= {"measure_steps", "collapse_threshold", "report_to"}
         stated = settings.model_dump(mode="json", exclude_defaults=True, exclude=how)
         targets = self.open_target(self.teacher_of(settings))
         content = [targets.manifest.fingerprint, targets.content]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from ..errors import AlignmentError, DamagedStoreError, StageError, StoreNotFoundError
-from ..store.files import disk_errors
+from ..store.files import disk_errors, remove
+from .cluster.share import ALL, Share
 from .run import Run
 
 State = Literal["missing", "partial", "complete", "stale", "blocked", "damaged"]
@@ -31,6 +31,18 @@ class Stage(ABC):
     run: Run
     teacher: str | None = None
     """Stages that exist once per teacher."""
+    share: Share = ALL
+    """What this process makes of it; a stage without parts is made whole, by one of them."""
+
+    @property
+    def splits(self) -> bool:
+        """Whether several processes may make it together."""
+        return False
+
+    @property
+    def one_at_a_time(self) -> bool:
+        """Whether a process waits for another that is making it. A training is made by several that talk."""
+        return not self.splits
 
     @property
     def costly(self) -> bool:
@@ -67,6 +79,10 @@ class Stage(ABC):
     def make(self, scheduler: str | None) -> str:
         """Makes the output, or what is missing of it; returns a line for people."""
 
+    def inputs(self) -> dict[Path, list[int]]:
+        """The stores that it is made from, and the parts of each without which this process cannot begin."""
+        return {}
+
     def status(self) -> Status:
         """The state of the output."""
         try:
@@ -77,12 +93,23 @@ class Stage(ABC):
         except DamagedStoreError as error:
             return Status("damaged", str(error))
 
+    def drop_share(self) -> None:
+        """Removes what is this process's to make.
+
+        Raises:
+            StageError: if that cannot be told from the rest.
+        """
+        raise StageError(
+            f"{self.label}: what other ranks write would be thrown away too; remove {self.output} once, then start the "
+            "ranks without --force"
+        )
+
     def discard(self) -> None:
         """Removes the output; hidden first, so that a half-removed one is never taken for whole."""
         if not self.output.exists():
             return
         with disk_errors(self.output):
             doomed = self.output.with_name(f".{self.output.name}.discarded")
-            shutil.rmtree(doomed, ignore_errors=True)
+            remove(doomed)
             self.output.rename(doomed)
-            shutil.rmtree(doomed)
+            remove(doomed)

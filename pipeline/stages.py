@@ -1,10 +1,10 @@
-"""All stages of a run, in order, and making them.
+"""All stages of a run, in order.
 
     [generate] ─┬─> student ─┬─> reference ─┐
                 └─> extract ─┴──────────────┴─> [resample] ─> project ─> [select] ─> [fuse] ─> train
 
 A stage is done when its output says of itself what the recipe asks for. One whose recipe or inputs changed is stale;
-cheap stages are then made again, costly ones (a capture, a training) only with `--force`.
+cheap stages are then made again, costly ones (a capture, a training) only with `--force`. See `make`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DamagedStoreError, StageError
 from ..hub import load_tokenizer
 from ..progress import progress
 from ..store import Split
@@ -67,6 +65,11 @@ class TrainStage(Stage):
     name = "train"
     ranks = Ranks()
     """The processes that train together."""
+
+    @property
+    def one_at_a_time(self) -> bool:
+        """No."""
+        return False
 
     @property
     def costly(self) -> bool:
@@ -149,63 +152,6 @@ def stages_of(run: Run) -> list[Stage]:
     if run.recipe.fuse is not None:
         stages.append(fuse_stage(run))
     return [*stages, TrainStage(run)]
-
-
-def run_stages(
-    stages: list[Stage],
-    *,
-    force: frozenset[str] = frozenset(),
-    scheduler: str | None = None,
-    say: Callable[[str, str], None] = lambda label, line: None,
-    ranks: Ranks | None = None,
-) -> None:
-    """Makes what is missing of each stage, in order.
-
-    Args:
-        stages: of one run, in the order of `stages_of`.
-        force: names of stages whose output is thrown away first.
-        scheduler: see `run_parts`.
-        say: called with a stage's label and what became of it.
-        ranks: the processes that train together, of which the first decides and speaks; None for this one alone.
-
-    Raises:
-        StageError: if a stage's inputs are missing, or a costly output is stale and not forced.
-        DamagedStoreError: if a stage's output, or what it reads, is not as it was written.
-    """
-    ranks = ranks or Ranks()
-    for stage in stages:
-        if isinstance(stage, TrainStage):
-            stage.ranks = ranks
-        if not ranks.first(partial(_is_to_make, stage, force, say)):
-            continue
-        line = stage.make(scheduler)
-        if ranks.is_first:
-            say(stage.label, line)
-
-
-def _is_to_make(stage: Stage, force: frozenset[str], say: Callable[[str, str], None]) -> bool:
-    """Whether anything of a stage's output is missing; what is in the way of that is thrown away."""
-    if stage.name in force:
-        stage.check()
-        stage.discard()
-    status = stage.status()
-    if status.state == "complete":
-        say(stage.label, f"up to date ({status.detail})")
-        return False
-    if status.state == "blocked":
-        raise StageError(status.detail)
-    if status.state == "damaged":
-        raise DamagedStoreError(f"{stage.label}: {status.detail}; kava repair makes what is damaged again")
-    if status.state == "stale":
-        if stage.costly:
-            raise StageError(
-                f"{stage.label}: {stage.output} is stale ({status.detail}); add --force {stage.name} to make it "
-                "again, or write elsewhere (run_dir, train.name)"
-            )
-        say(stage.label, f"stale ({status.detail}), made again")
-        stage.check()
-        stage.discard()
-    return True
 
 
 def result_line(record: dict[str, Any]) -> str:

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import KavaError, StageError, StoreNotFoundError
 from ..extract import Corpus, Encoder, Teacher, capture_store
 from ..progress import progress
-from ..store import KVStore, Manifest, digest_json
+from ..store import KVStore, Manifest, digest_json, locked
+from .cluster.share import format_parts
 from .direct import capture_targets
 from .maps.project import fit_projector
 from .maps.projector import Projector
@@ -22,18 +23,17 @@ from .parallel import run_parts
 from .run import Run
 from .stage import Stage, Status
 from .teachers import open_teacher
-from .transform import Transform, calibration_pairs, student_encoder
-
-if TYPE_CHECKING:
-    pass
+from .transform import Transform, Unclaimed, calibration_pairs, student_encoder
 
 
 @dataclass
 class StoreStage(Stage):
     """A stage whose output is a store."""
 
-    only: frozenset[int] | None = None
-    """Makes these parts alone."""
+    @property
+    def splits(self) -> bool:
+        """By its parts."""
+        return True
 
     @abstractmethod
     def manifest(self) -> Manifest:
@@ -52,7 +52,8 @@ class StoreStage(Stage):
             return Status("missing")
         if found := store.manifest.differences(wanted):
             return Status("stale", ", ".join(f"{n}: {_short(old)} -> {_short(new)}" for n, (old, new) in found.items()))
-        missing, total = self.missing(store), len(self.wanted(wanted))
+        parts = self.wanted(wanted)
+        missing, total = set(parts) & set(store.missing_parts()), len(parts)
         outdated = self.outdated(store)
         if missing or outdated:
             rewritten = f", {len(outdated)} to be made again" if outdated else ""
@@ -65,10 +66,29 @@ class StoreStage(Stage):
         """The parts that this stage makes."""
         return list(range(manifest.num_parts))
 
+    def mine(self, manifest: Manifest) -> list[int]:
+        """Those of them that this process makes.
+
+        Raises:
+            RecipeError: if it was told to make parts that the store does not have.
+        """
+        self.share.check(manifest.num_parts, self.label)
+        return self.share.of(self.wanted(manifest))
+
     def missing(self, store: KVStore) -> list[int]:
-        """Those of them that are not there yet."""
-        parts = set(self.wanted(store.manifest)) & set(store.missing_parts())
-        return sorted(parts if self.only is None else parts & self.only)
+        """Those of these that are not there yet."""
+        return sorted(set(self.mine(store.manifest)) & set(store.missing_parts()))
+
+    def drop_outdated(self, store: KVStore) -> None:
+        """Removes what this process is to make again."""
+        for number in set(self.outdated(store)) & set(self.mine(store.manifest)):
+            store.drop_part(number)
+
+    def drop_share(self) -> None:
+        """Removes this process's parts."""
+        store = KVStore.open(self.output)
+        for number in set(self.mine(store.manifest)) & set(store.committed_parts()):
+            store.drop_part(number)
 
     def outdated(self, store: KVStore) -> list[int]:
         """Parts that were made from a parent part which is another one now, or with a map fitted on other parts.
@@ -87,10 +107,11 @@ class StoreStage(Stage):
             calibration = self.calibration()
         found = []
         for number in store.committed_parts():
-            sources = store.part(number).sources
-            refitted = calibration not in (None, sources.get("calibration", ""))
-            if refitted or (number in there and sources.get("parent") != parent.part(number).content):
-                found.append(number)
+            with suppress(StoreNotFoundError):  # Another process took it out meanwhile.
+                sources = store.part(number).sources
+                refitted = calibration not in (None, sources.get("calibration", ""))
+                if refitted or (number in there and sources.get("parent") != parent.part(number).content):
+                    found.append(number)
         return found
 
     def calibration(self) -> str:
@@ -127,15 +148,21 @@ class ExtractStage(StoreStage):
         """Runs the teacher over the parts that are missing."""
         refuse_misfits(self.run, self._teacher)
         store = KVStore.create(self.output, self.manifest())
-        with open_teacher(self.run, self._teacher) as teacher:
-            _capture(self, store, self.run.corpus, self.run.teacher_encoder(self._teacher), teacher)
-        return _describe(store)
+        if self.missing(store):
+            with open_teacher(self.run, self._teacher) as teacher:
+                _capture(self, store, self.run.corpus, self.run.teacher_encoder(self._teacher), teacher)
+        return _describe(self, store)
 
 
 class ReferenceStage(StoreStage):
     """The student's own keys and values before training, captured like a teacher's."""
 
     name = "reference"
+
+    @property
+    def splits(self) -> bool:
+        """No: it is small, and what maps are fitted to must be whole."""
+        return False
 
     @property
     def output(self) -> Path:
@@ -155,7 +182,7 @@ class ReferenceStage(StoreStage):
             self.run.student_source, dtype="float32", batch_tokens=self.run.recipe.extract.batch_tokens
         )
         _capture(self, store, self.run.calibration, _student_encoder(self.run), student)
-        return _describe(store)
+        return _describe(self, store)
 
 
 class TransformStage(StoreStage):
@@ -166,14 +193,19 @@ class TransformStage(StoreStage):
         parent = self.complete_parent()
         transform = self.prepare(parent)  # Before anything is dropped: the fit may fail.
         store = KVStore.create(self.output, self.manifest())
-        for number in self.outdated(store):
-            if self.only is None or number in self.only:
-                store.drop_part(number)
+        self.drop_outdated(store)
         missing, there = self.missing(store), set(parent.committed_parts())
         ready = [part for part in missing if part in there]
         with progress(self.label, len(ready), "parts") as advance:
-            run_parts(transform, ready, scheduler=scheduler, on_part=lambda part: advance(1))
-        return _describe(store)
+            work = Unclaimed(transform, str(store.path.resolve()), store.manifest.fingerprint)
+            run_parts(work, ready, scheduler=scheduler, on_part=lambda part: advance(1))
+        return _describe(self, store)
+
+    def inputs(self) -> dict[Path, list[int]]:
+        """The parent's parts."""
+        parent = self.parent()
+        assert parent is not None
+        return {parent.path: self.needed(parent.manifest)}
 
     def check(self) -> None:
         """The parent is complete, and what is to be fitted can be."""
@@ -188,14 +220,19 @@ class TransformStage(StoreStage):
         parent = self.parent()
         assert parent is not None
         if absent := set(self.needed(parent.manifest)) & set(parent.missing_parts()):
+            named = f" ({format_parts(absent)})" if not self.share.is_all else ""
             raise StageError(
-                f"{parent.path}: {len(absent)} of {parent.manifest.num_parts} parts are missing; make them first"
+                f"{parent.path}: {len(absent)} of {parent.manifest.num_parts} parts{named} are missing; make them first"
             )
         return parent
 
     def needed(self, parent: Manifest) -> list[int]:
-        """The parts of the parent without which nothing is begun."""
-        return list(range(parent.num_parts))
+        """The parts of the parent without which nothing is begun: this process's, and those that a map is fitted on."""
+        return sorted({*self.mine(self.manifest()), *self.fitted_on()})
+
+    def fitted_on(self) -> list[int]:
+        """The parts of the parent that something is fitted on."""
+        return []
 
     @abstractmethod
     def prepare(self, parent: KVStore) -> Callable[[int], int]:
@@ -252,10 +289,14 @@ class ProjectStage(TransformStage):
         return self.run.recipe.extract.keep == "target"
 
     def needed(self, parent: Manifest) -> list[int]:
-        """All parts, or with `extract.keep: target` those of the calibration."""
+        """This process's and those of the calibration, or with `extract.keep: target` these alone."""
         if self.run.recipe.extract.keep == "target":
             return self.run.calibration_parts
         return super().needed(parent)
+
+    def fitted_on(self) -> list[int]:
+        """The parts of the calibration, if the map is fitted on any."""
+        return self.run.calibration_parts if "calibration" in self.manifest().parameters["project"] else []
 
     def make(self, scheduler: str | None) -> str:
         """Projects the parts that are captured, then runs the teacher over those whose capture is not kept."""
@@ -268,13 +309,15 @@ class ProjectStage(TransformStage):
         transform = self.prepare(parent)
         with open_teacher(run, self._teacher) as teacher:
             _capture(self, store, run.corpus, run.teacher_encoder(self._teacher), teacher, transform=transform)
-        return _describe(store)
+        return _describe(self, store)
 
     def prepare(self, parent: KVStore) -> Transform:
         """With the projector, which is saved if it is a new one."""
         path = self.run.projector_path(self._teacher)
         if not self.is_fitted():
-            self.fitted(parent).save(path)
+            with locked(path.with_name(f".{path.name}.lock")):
+                if not self.is_fitted():  # Another process may have fitted it meanwhile.
+                    self.fitted(parent).save(path)
         return replace(self.transform(parent), projector=str(path.resolve()), calibration=self.calibration())
 
     def transform(self, parent: KVStore) -> Transform:
@@ -376,13 +419,15 @@ def _transform(run: Run, parent: KVStore, out: Path, fingerprint: str, resampler
     )
 
 
-def _describe(store: KVStore) -> str:
-    failed = len(store.failed)
+def _describe(stage: StoreStage, store: KVStore) -> str:
+    failed, missing = len(store.failed), set(stage.wanted(store.manifest)) & set(store.missing_parts())
     size = store.size_on_disk() / 1e6
     note = f", {failed} failed samples" if failed else ""
     if met := store.coverage():
         text, with_target = (sum(counts[i] for counts in met.values()) for i in range(2))
         note += f", {with_target / max(text, 1):.1%} of text tokens have a target"
+    if missing:
+        note += f"; {len(missing)} parts are not there yet, which are not among {stage.share}"
     return f"{store.num_tokens} tokens of {store.geometry}, {size:.1f} MB at {store.path}{note}"
 
 

@@ -7,7 +7,7 @@ rewritten store takes its place. A lossy codec or another dtype makes another st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +91,7 @@ def transcode_store(
     codec: str,
     dtype: str | None = None,
     *,
+    parts: Collection[int] | None = None,
     scheduler: str | None = None,
     on_part: Callable[[int], None] = lambda part: None,
 ) -> KVStore:
@@ -103,6 +104,7 @@ def transcode_store(
         out: where to write.
         codec: a name in `CODECS` or `LOSSY`.
         dtype: a name in `DTYPES`; the source's own if not given.
+        parts: only these.
         scheduler: see `run_parts`.
         on_part: called with each part that is done, those found done included.
 
@@ -120,13 +122,13 @@ def transcode_store(
         raise ManifestMismatchError(f"{out} holds something else ({fields}); remove it, or write to a new folder")
     made = KVStore.create(out, manifest)
     work = Transcoding(str(here), str(out.resolve()))
-    parts = source.committed_parts()
+    there = [part for part in source.committed_parts() if parts is None or part in parts]
     done = set(made.committed_parts())
     for part in sorted(done):
-        if part in parts and not work.holds(made.part(part), source.part(part)):
+        if part in there and not work.holds(made.part(part), source.part(part)):
             made.drop_part(part)
             done.remove(part)
-    for part in sorted(done & set(parts)):
+    for part in sorted(done & set(there)):
         on_part(part)
-    run_parts(work, [part for part in parts if part not in done], scheduler=scheduler, on_part=on_part)
+    run_parts(work, [part for part in there if part not in done], scheduler=scheduler, on_part=on_part)
     return made

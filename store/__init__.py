@@ -10,6 +10,7 @@ from .dtypes import DTYPES, DType
 from .extras import LOGITS, ExtraArray
 from .fingerprint import cache_folder, digest_file, digest_json
 from .geometry import KVGeometry
+from .lock import Lock, claimed, locked
 from .manifest import FORMAT_VERSION, Manifest, ModelIdentity, default_page_tokens, library_versions
 from .part_reader import PartReader
 from .part_writer import PartWriter
@@ -37,6 +38,7 @@ __all__ = [
     "KVGeometry",
     "KVSample",
     "KVStore",
+    "Lock",
     "Manifest",
     "ModelIdentity",
     "PartReader",
@@ -45,10 +47,12 @@ __all__ = [
     "Segment",
     "Split",
     "cache_folder",
+    "claimed",
     "collate",
     "default_page_tokens",
     "digest_file",
     "digest_json",
     "library_versions",
+    "locked",
     "verify_store",
 ]

@@ -5,13 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Final
 
 from ..errors import DamagedStoreError, KavaError, RetryLaterError, StoreError
 
-_RETRY = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE}
+_FLUSHES: Final = 8
+_RETRY: Final = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE}
 
 
 @contextmanager
@@ -100,18 +104,18 @@ def fsync(path: Path) -> None:
 
 
 def fsync_tree(root: Path) -> None:
-    """Flushes every file and directory below `root`, and `root` itself."""
-    for folder, _, files in os.walk(root, topdown=False):
-        for name in files:
-            fsync(Path(folder) / name)
-        fsync(Path(folder))
+    """Flushes every file and directory below `root`, and `root` itself; on threads, as a disk flushes many at once."""
+    with ThreadPoolExecutor(_FLUSHES, "kava-fsync") as pool:
+        for _ in pool.map(fsync, [root, *root.rglob("*")]):
+            pass
 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes a file so that a reader sees the old bytes or the new ones, never a part of them."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        # Not the process id alone: another host may have the same.
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
         try:
             temporary.write_bytes(data)
             fsync(temporary)
@@ -121,12 +125,22 @@ def write_atomic(path: Path, data: bytes) -> None:
         fsync(path.parent)
 
 
-def file_table(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and CRC-32C of every file below `folder`, but for its own `zarr.json`."""
+def file_table(folder: Path, known: Mapping[Path, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Size and CRC-32C of every file below `folder`, but for its own `zarr.json`.
+
+    Args:
+        folder: of a part.
+        known: what they are of files that were summed up while they were written; those are not read again.
+
+    Raises:
+        OSError: if a file is not as long as what was written to it.
+    """
     table = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "zarr.json"):
-        checksum = file_crc32c(path)
-        table[path.relative_to(folder).as_posix()] = (path.stat().st_size, checksum)
+        size, checksum = known[path] if path in known else (path.stat().st_size, file_crc32c(path))
+        if path.stat().st_size != size:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        table[path.relative_to(folder).as_posix()] = (size, checksum)
     return table
 
 

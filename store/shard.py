@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 
 from ..errors import DamagedStoreError
-from .codec import Codec, crc32c
+from .codec import Chunk, Codec, crc32c
 from .files import opened, reading
 from .scratch import scratch
 
@@ -71,21 +71,23 @@ class PageWriter:
 
     array: PagedArray
     num_pages: int = 0
+    files: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    """Size and CRC-32C of the shards that are closed."""
     _file: BinaryIO | None = None
     _index: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros((0, 2), "<u8"))
     _offset: int = 0
+    _checksum: int = 0
 
-    def write(self, page: np.ndarray[Any, Any]) -> None:
-        """Encodes and writes one page of exactly `page_shape`."""
-        assert page.shape == self.array.page_shape
+    def write(self, chunk: Chunk) -> None:
+        """Writes the next page, as the array's codec encoded it."""
         slot = self.num_pages % self.array.pages_per_shard
         if slot == 0:
             self._begin(self.num_pages // self.array.pages_per_shard)
         assert self._file is not None
-        chunk = self.array.codec.encode(page)
-        self._file.write(chunk)
-        self._index[slot] = (self._offset, len(chunk))
-        self._offset += len(chunk)
+        chunk.write(self._file)
+        self._checksum = chunk.extend(self._checksum)
+        self._index[slot] = (self._offset, chunk.nbytes)
+        self._offset += chunk.nbytes
         self.num_pages += 1
         if slot == self.array.pages_per_shard - 1:
             self.close()
@@ -94,10 +96,12 @@ class PageWriter:
         """Writes the index of the open shard, if there is one."""
         if self._file is None:
             return
-        index = self._index.tobytes()
-        self._file.write(index + struct.pack("<I", crc32c(index)))
+        index = Chunk(self._index.tobytes(), crc32c(self._index))
+        index.write(self._file)
         self._file.close()
         self._file = None
+        shard = self.array.shard_path((self.num_pages - 1) // self.array.pages_per_shard)
+        self.files[shard] = (self._offset + index.nbytes, index.extend(self._checksum))
 
     def abort(self) -> None:
         """Closes the file without finishing the shard."""
@@ -111,7 +115,7 @@ class PageWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("wb")
         self._index = np.full((self.array.pages_per_shard, 2), _EMPTY, "<u8")
-        self._offset = 0
+        self._offset = self._checksum = 0
 
 
 @dataclass

@@ -7,6 +7,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -18,6 +19,7 @@ from .dtypes import DType, dtype_of
 from .files import disk_errors, reading, remove, write_atomic
 from .fingerprint import digest_json
 from .geometry import KVGeometry
+from .lock import Lock
 from .manifest import Manifest
 from .part import part_name
 from .part_reader import PartReader
@@ -26,6 +28,8 @@ from .sample import KVBatch, KVSample, Segment, Split, collate
 from .table import header_bytes, read_header
 
 if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
     import dask.array as da
 
     from .verify import Damage
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 _BLOCK_BYTES: Final = 64 << 20
 _OPEN_PARTS: Final = 64
 _ASIDE: Final = ".aside-"
+_CLAIM: Final = ".claim-"
 
 _PARTS: Final = threading.Lock()
 """Held for the few moments in which the table of open parts changes, of whichever store."""
@@ -272,9 +277,20 @@ class KVStore(Sequence[KVSample]):
         done = set(self.committed_parts())
         return [index for index in range(self.manifest.num_parts) if index not in done]
 
-    def write_part(self, index: int) -> PartWriter:
-        """A writer for one part."""
-        return PartWriter(self.path, self.manifest, index)
+    def write_part(self, index: int, pool: ThreadPoolExecutor | None = None) -> PartWriter:
+        """A writer for one part, that encodes on the threads of `pool`, if there is one."""
+        return PartWriter(self.path, self.manifest, index, pool)
+
+    def claim(self, index: int, *, wait: bool = False) -> Lock | None:
+        """Says that this process is at a part; None if another is, and `wait` is not set.
+
+        Whoever holds the claim looks whether the part is there by now. It saves work, no more: see `Lock`.
+        """
+        return Lock.take(self.path / "parts" / f"{_CLAIM}{part_name(index)}", wait=wait)
+
+    def holds(self, index: int) -> bool:
+        """Whether a part is written."""
+        return os.path.lexists(self.path / "parts" / part_name(index))
 
     def drop_part(self, index: int) -> None:
         """Removes a part, so that it is written again; derived parts notice by its digest."""
@@ -324,8 +340,7 @@ class KVStore(Sequence[KVSample]):
     @property
     def failed(self) -> dict[str, str]:
         """Ids of failed samples, with the reason."""
-        parts = (self.part(number) for number in self.committed_parts())
-        return {part.ids[position]: reason for part in parts for position, reason in part.failed.items()}
+        return {part.ids[position]: reason for part in self._there() for position, reason in part.failed.items()}
 
     @property
     def lengths(self) -> np.ndarray[Any, Any]:
@@ -339,7 +354,7 @@ class KVStore(Sequence[KVSample]):
     @property
     def num_tokens(self) -> int:
         """Tokens written so far."""
-        return sum(int(self.part(number).lengths.sum()) for number in self.committed_parts())
+        return sum(int(part.lengths.sum()) for part in self._there())
 
     @property
     def content(self) -> str:
@@ -367,7 +382,7 @@ class KVStore(Sequence[KVSample]):
 
         Text tokens; those with a target; those that end where a token of the parent ends.
         """
-        found = [c for number in self.committed_parts() if (c := self.part(number).coverage) is not None]
+        found = [part.coverage for part in self._there() if part.coverage is not None]
         if not found:
             return {}
         totals = np.sum(found, axis=0).tolist()
@@ -380,8 +395,23 @@ class KVStore(Sequence[KVSample]):
         return verify_store(self)
 
     def size_on_disk(self) -> int:
-        """Bytes of all files."""
-        return sum(p.stat().st_size for p in self.path.rglob("*") if p.is_file())
+        """Bytes of all files, but for what is being written or removed just now."""
+        total = 0
+        for folder, inside, files in os.walk(self.path):
+            inside[:] = [name for name in inside if not name.startswith(".")]
+            for name in files:
+                with suppress(FileNotFoundError):  # Another process may put a part in its place.
+                    total += (Path(folder) / name).stat().st_size
+        return total
+
+    def _there(self) -> Iterator[PartReader]:
+        """The readers of all parts; one that another process takes out meanwhile is left out."""
+        for number in self.committed_parts():
+            try:
+                part = self.part(number)
+            except StoreNotFoundError:
+                continue
+            yield part
 
     def _dask(self, name: str) -> da.Array:
         """One block per run of samples of about 64 MiB; bfloat16 is handed out as float32, which is exact."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,12 +39,18 @@ class Damage:
         return f"{place}{samples}: {self.reason}"
 
 
-def verify_store(store: KVStore, on_part: Callable[[int], None] = lambda part: None) -> list[Damage]:
+def verify_store(
+    store: KVStore,
+    on_part: Callable[[int], None] = lambda part: None,
+    *,
+    parts: Iterable[int] | None = None,
+) -> list[Damage]:
     """Checks the store's own two headers, and every committed part, several at once on threads.
 
     Args:
         store: what to check.
         on_part: called in this thread with the number of each part that was checked.
+        parts: only these, of those that are committed.
 
     Returns:
         What is not as it was written, in the order of the parts.
@@ -52,8 +58,10 @@ def verify_store(store: KVStore, on_part: Callable[[int], None] = lambda part: N
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
     found = {-1: _verify_headers(store)}
+    committed = store.committed_parts()
+    chosen = committed if parts is None else sorted(set(committed) & set(parts))
     with ThreadPoolExecutor(os.cpu_count(), "kava-verify") as pool:
-        tasks = {pool.submit(verify_part, store, number): number for number in store.committed_parts()}
+        tasks = {pool.submit(verify_part, store, number): number for number in chosen}
         try:
             for task in as_completed(tasks):
                 found[tasks[task]] = task.result()

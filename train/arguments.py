@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from ..errors import RecipeError
 from .settings import TrainSettings
+from .trackers import PROJECT
 
 _SHARDED: Final = (
     "shards of a model hold weights whose gradients cannot be asked for one by one, as alpha and the search for what "
@@ -24,6 +25,7 @@ REFUSED: Final = {
     "train_sampling_strategy": "the order of samples is kava's own: train.group_by_length, train.pack_tokens",
     "dataloader_drop_last": "no sample is dropped: the tail of an epoch is the head of the next batch",
     "ignore_data_skip": "a training that goes on reads what would have followed",
+    "report_to": "say it in train.report_to",
     "auto_find_batch_size": "the order of samples depends on train.batch_size; set that",
 }
 """What training here does otherwise, and why."""
@@ -65,11 +67,13 @@ def training_arguments(settings: TrainSettings, out: Path, *, has_heldout: bool)
         "seed": settings.seed,
         "gradient_checkpointing": settings.gradient_checkpointing,
         "report_to": "none",
+        "project": PROJECT,
+        "run_name": out.name,
         # A loss that is not finite ends the training; nothing is left to filter from the log.
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        # Otherwise transformers takes bfloat16, and several processes, to need a device.
-        **({"use_cpu": True} if not torch.accelerator.is_available() else {}),
+        # Without a device, bfloat16 is refused otherwise, and several processes do not find each other.
+        **({} if torch.accelerator.is_available() else {"use_cpu": True}),
         "disable_tqdm": True,
         "remove_unused_columns": False,
         **settings.arguments,

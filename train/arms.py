@@ -46,6 +46,8 @@ OF_KV: Final = (
     "layers",
     "layer_weights",
     "segment_weights",
+    "projector",
+    "projector_learning_rate",
 )
 """Keys that say nothing without a KV loss: changing one does not make an arm without it stale."""
 

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Final
@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from .ranks import Ranks
+from .trackers import finish_trackers, tracker_callbacks
 
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
 """What cluster schedulers send some time before they kill."""
@@ -59,18 +60,21 @@ class JsonLog(TrainerCallback):  # type: ignore[misc]
 class Log:
     """Where the first rank writes what happens; the others write nothing."""
 
-    def __init__(self, out: Path, begun: int, ranks: Ranks) -> None:
+    def __init__(self, out: Path, begun: int, ranks: Ranks, report_to: Sequence[str]) -> None:
         """Begins, or goes on after `begun` finished steps."""
         self.callbacks: list[Any] = []
         self._writer: Any = None
+        self._trackers = report_to if ranks.is_first else ()
         if ranks.is_first:
-            from torch.utils.tensorboard import SummaryWriter
-
             out.mkdir(parents=True, exist_ok=True)
             lines = JsonLog(out / "metrics.jsonl")
             lines.rewind(begun)
-            self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=begun + 1)
-            self.callbacks = [TensorBoardCallback(self._writer), lines]
+            if "tensorboard" in report_to:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=begun + 1)
+                self.callbacks = [TensorBoardCallback(self._writer)]
+            self.callbacks += [*tracker_callbacks(report_to, out), lines]
 
     def warn(self, step: int, message: str) -> None:
         """Tells of a warning."""
@@ -81,6 +85,7 @@ class Log:
         """Nothing is written after this."""
         if self._writer is not None:
             self._writer.close()
+        finish_trackers(self._trackers)
 
 
 class Steps(TrainerCallback):  # type: ignore[misc]

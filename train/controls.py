@@ -49,7 +49,7 @@ class ControlTargets(ABC):
         """
 
     def sample(self, index: int, *, keys: bool = True, values: bool = True, extras: bool = True) -> KVSample:
-        """Sample `index`; keys, values and extra arrays, which stay the sample's own, are read only if asked for."""
+        """Sample `index`; keys, values and extra arrays, which stay its own, are read only if asked for."""
         own = self.targets.sample(index, keys=False, values=False, extras=extras)
         if own.split is not Split.TRAIN:
             return self.targets.sample(index, keys=keys, values=values, extras=extras)
@@ -76,7 +76,7 @@ class ControlTargets(ABC):
 
     @property
     def lengths(self) -> np.ndarray[Any, Any]:
-        """Tokens of every sample `[num_samples]`; 0 where there is none."""
+        """Tokens of every sample."""
         return self.targets.lengths
 
     def missing_parts(self) -> list[int]:

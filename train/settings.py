@@ -122,6 +122,11 @@ class TrainSettings(_Settings):
     """Weights of tokens in the KV loss, by segment, 1 where it is left out. Only their ratios count."""
     logits: LogitSettings | None = None
     """Also learn the teacher's next-token distributions; None for not."""
+    projector: Literal["none", "learned"] = "none"
+    """`learned`: the student's keys and values go through a linear map of each layer, the identity at first, that is
+    trained with it and dropped at the end."""
+    projector_learning_rate: PositiveFloat | None = None
+    """None for `learning_rate`; both follow the same schedule."""
     ce_segments: list[Literal["prompt", "rationale", "answer"]] = ["prompt", "rationale", "answer"]
     """Tokens of these segments are predicted; the end of the sequence always is."""
     max_steps: PositiveInt = 1000
@@ -142,6 +147,8 @@ class TrainSettings(_Settings):
     bf16: bool = False
     """bfloat16 autocast."""
     logging_steps: PositiveInt = 10
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
+    """Where the log goes beside `metrics.jsonl`."""
     eval_steps: PositiveInt | None = None
     """Held-out evaluation every so many steps; None for the end only."""
     save_steps: PositiveInt | None = None
@@ -178,6 +185,8 @@ class TrainSettings(_Settings):
     @model_validator(mode="after")
     def _something_to_learn(self) -> TrainSettings:
         if not self.with_kv:
+            if self.projector != "none":
+                raise ValueError("projector: learned needs a KV loss; with alpha: 0 there is nothing to project")
             return self
         if self.key_weight + self.value_weight == 0:
             raise ValueError("key_weight and value_weight are both 0; set alpha: 0 to train without targets")

@@ -10,37 +10,38 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerState
 
 from ..errors import KavaError, RetryLaterError, StageError, TrainingError
-from ..store import LOGITS, Split
+from ..store import Split
 from ..store.files import disk_errors, write_atomic
-from ..tap import KVTap
 from .alpha import AutoAlpha, gradient_norms, schedule_factor
 from .arguments import last_checkpoint, training_arguments
 from .callbacks import Log, Steps, StopOnSignal
 from .checks import check_packing, check_targets
-from .data import IGNORED, TargetCollator, TargetDataset, Targets
+from .data import TargetCollator, TargetDataset, Targets
 from .diagnostics import CollapseAlarm, Mean, StepClock, check_gradient, not_finite, spread_ratio
 from .feed import Feed, share_step
-from .logits import logit_loss, taught
 from .lora import add_lora, save_merged
-from .losses import KVLoss, LossOptions
+from .objective import Objective, Pass
 from .ranks import Ranks, agreed
 from .settings import TrainSettings
 from .student import load_student
+from .trackers import check_trackers
 
 STATE: Final = "kava.json"
 """In a checkpoint: what the Trainer does not know of."""
+PROJECTOR: Final = "projector.safetensors"
+"""Beside it: the projector on the student's side, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,15 @@ def train_student(
             update.
         TrainingError: if a loss or a gradient is not finite; the last checkpoint stays.
         RetryLaterError: after a signal to stop.
+        BackendNotInstalledError: if a tracker or peft is not installed.
     """
     ranks = ranks or Ranks()
+    check_trackers(settings.report_to)
     torch.manual_seed(settings.seed)
     model, tokenizer = load_student(student)
     check_targets(store, model, tokenizer, corpus_digest, logits=settings.logits is not None)
-    loss = _kv_loss(store, settings) if settings.with_kv else None
+    objective = Objective.for_store(store, settings)
+    loss = objective.kv_loss
     names, layers = ((), ()) if loss is None else (loss.names, loss.layers)
     logits = settings.logits is not None
     datasets = {s: TargetDataset(store, s, names=names, layers=layers, logits=logits) for s in Split}
@@ -104,7 +108,12 @@ def train_student(
     feed = Feed(datasets, collator, settings, args, ranks)
     checkpoint, begun = ranks.first(lambda: last_checkpoint(out / "checkpoints"))
 
-    with disk_errors(out), StopOnSignal(ranks) as stop, closing(Log(out, begun, ranks)) as log, closing(feed):
+    with (
+        disk_errors(out),
+        StopOnSignal(ranks) as stop,
+        closing(Log(out, begun, ranks, settings.report_to)) as log,
+        closing(feed),
+    ):
         trainer = KVTrainer(
             model=model,
             args=args,
@@ -112,7 +121,7 @@ def train_student(
             eval_dataset=datasets[Split.HELDOUT],
             data_collator=collator,
             callbacks=[*log.callbacks, Steps(on_step), stop],
-            kv_loss=loss,
+            objective=objective,
             settings=settings,
             feed=feed,
             ranks=ranks,
@@ -140,46 +149,13 @@ def train_student(
     return TrainResult(int(trainer.state.global_step), metrics, trainer.alpha)
 
 
-def _kv_loss(store: Targets, settings: TrainSettings) -> KVLoss:
-    return KVLoss.for_store(
-        store,
-        loss=settings.loss,
-        key_weight=settings.key_weight,
-        value_weight=settings.value_weight,
-        layers=settings.layers,
-        layer_weights=settings.layer_weights,
-        segment_weights={str(name): weight for name, weight in settings.segment_weights.items()},
-        options=LossOptions(settings.magnitude_weight, settings.relation_heads),
-    )
-
-
-class _Pass(NamedTuple):
-    """What one forward pass gives."""
-
-    ce: torch.Tensor
-    """Summed over predicted tokens."""
-    tokens: torch.Tensor
-    """Their number."""
-    kv: dict[str, torch.Tensor]
-    """See `KVLoss`; empty without one."""
-    student: dict[str, dict[int, torch.Tensor]]
-    """The tapped `keys` and `values`."""
-    logits: torch.Tensor | None
-    """Divergences `[n]` of the predicted tokens that the teacher has a distribution for; None if not asked for."""
-
-    @property
-    def divergence(self) -> torch.Tensor | None:
-        """Their mean; 0 where there are none."""
-        return None if self.logits is None else self.logits.sum() / max(len(self.logits), 1)
-
-
 class KVTrainer(Trainer):  # type: ignore[misc]
     """The Trainer, with a KV term beside the cross-entropy."""
 
     def __init__(
         self,
         *,
-        kv_loss: KVLoss | None,
+        objective: Objective,
         settings: TrainSettings,
         feed: Feed,
         ranks: Ranks,
@@ -189,7 +165,10 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         super().__init__(**kwargs)
         # The mean over a batch is our loss; without this the Trainer expects sums over accumulated batches.
         self.model_accepts_loss_kwargs = False
-        self.kv_loss, self.settings, self.warn = kv_loss, settings, warn
+        self.objective, self.settings, self.warn = objective, settings, warn
+        self.kv_loss, self.projector = objective.kv_loss, objective.projector
+        if self.projector is not None:
+            self.projector.to(self.args.device)
         self.feed, self.ranks = feed, ranks
         self.auto = AutoAlpha(settings.kv_share, settings.alpha_steps) if settings.alpha == "auto" else None
         self._alarm = CollapseAlarm(settings.collapse_threshold)
@@ -252,13 +231,27 @@ class KVTrainer(Trainer):  # type: ignore[misc]
             TrainingError: if it is not.
         """
         self._clock.tokens += inputs["num_tokens"]
+        if self.projector is not None and self._looked_at != self.state.global_step:
+            self.projector.zero_grad()  # The Trainer does so for the model.
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         # Under loss scaling, which float16 needs, infinite gradients are ordinary: the scaler leaves the step out.
         if getattr(self.accelerator, "scaler", None) is None:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            gradients = [p.grad for p in self._learning if p.grad is not None]
             finite = bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
             self._stop_unless(finite, inputs, lambda: f"the gradient ({self._blame(inputs)})")
+        if self.projector is not None and self.accelerator.sync_gradients:
+            self.projector.finish_gradient(self.ranks, self.args.max_grad_norm)
         return loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The Trainer's, which also moves the projector."""
+        made = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if made and self.projector is not None:
+            rate = self.settings.projector_learning_rate or self.args.learning_rate
+            group = {"params": [*self.projector.parameters()], "lr": rate, "weight_decay": self.args.weight_decay}
+            optimizer.add_param_group(group)
+        return optimizer
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As many things as there are batches: all that the Trainer's loop is to know, see `get_batch_samples`."""
@@ -327,6 +320,8 @@ class KVTrainer(Trainer):  # type: ignore[misc]
             self._load_from_checkpoint(str(checkpoint))
         self._heldout = (state["heldout"][0], state["heldout"][1])
         self.feed.load(state["feed"])
+        if self.projector is not None:
+            self.projector.load_state_dict(load_file(checkpoint / PROJECTOR, device=str(self.args.device)))
         self._terms.load(state["terms"][self.ranks.rank])
         self._alarm.above = set(state["above"])
         if self.auto is not None:
@@ -344,6 +339,8 @@ class KVTrainer(Trainer):  # type: ignore[misc]
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / STATE, json.dumps(state).encode())
+            if self.projector is not None:
+                save_file(self.projector.state_dict(), folder / PROJECTOR)
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -384,7 +381,7 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         if norms[0] > 0:
             self._terms.add({f"{name}_gradient_share": weight * norms[1] / norms[0]})
 
-    def _measure_spread(self, student: dict[str, dict[int, torch.Tensor]], inputs: dict[str, Any]) -> None:
+    def _measure_spread(self, student: Mapping[str, Mapping[int, torch.Tensor]], inputs: dict[str, Any]) -> None:
         """The spread of the student's own tensors in the step that is logged next, and the alarm."""
         if (self.state.global_step + 1) % self.settings.logging_steps:
             return
@@ -396,6 +393,8 @@ class KVTrainer(Trainer):  # type: ignore[misc]
                 if (ratio := spread_ratio(own[mask], wanted[mask])) is not None:
                     ratios[f"{name}_spread_{layer}"] = ratio
         self._terms.add(ratios)
+        if self.projector is not None:
+            self._terms.add(self.projector.distances())
         for name in self._alarm.check(ratios):
             self.warn(
                 self.state.global_step + 1,
@@ -411,8 +410,16 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         terms |= {name: self._weight() * value for name, value in found.kv.items() if value.requires_grad}
         if self.settings.logits is not None and found.divergence is not None:
             terms["logits"] = self.settings.logits.weight * found.divergence
-        bad = not_finite(terms, list(self.model.parameters()))
+        bad = not_finite(terms, self._learning)
         return ", ".join(bad or ["of the sum of accumulated batches"])
+
+    @property
+    def _learning(self) -> list[torch.nn.Parameter]:
+        """All weights that the loss moves: the student's and the projector's."""
+        return [*self.model.parameters(), *(self.projector.parameters() if self.projector is not None else ())]
+
+    def _forward(self, model: Any, inputs: dict[str, Any]) -> Pass:
+        return self.objective(model, inputs, tapped=self.accelerator.unwrap_model(model))
 
     def _stop_unless(self, finite: bool, inputs: dict[str, Any], what: Callable[[], str]) -> None:
         """Stops all ranks where one has found something that is not finite, with the samples of all that have."""
@@ -428,29 +435,3 @@ class KVTrainer(Trainer):  # type: ignore[misc]
                 "train.alpha"
             )
         )
-
-    def _forward(self, model: Any, inputs: dict[str, Any]) -> _Pass:
-        """One forward pass, tapped if there is a KV loss."""
-        layers = self.kv_loss.layers if self.kv_loss else ()
-        with KVTap(self.accelerator.unwrap_model(model), layers=layers) as tap:
-            logits = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs.get("attention_mask"),
-                position_ids=inputs.get("position_ids"),
-                use_cache=False,
-            ).logits
-        labels = inputs["labels"][:, 1:]
-        ce = F.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        divergences = None
-        if self.settings.logits is not None:
-            known = taught(inputs["labels"], inputs["logit_ids"])
-            cached = [inputs[name][:, :-1][known] for name in LOGITS]
-            divergences = logit_loss(logits[:, :-1][known], *cached, temperature=self.settings.logits.temperature)
-        student = {"keys": tap.keys, "values": tap.values}
-        kv = {}
-        if self.kv_loss is not None:
-            target = {name: inputs[name] for name in self.kv_loss.names}
-            kv = self.kv_loss(student, target, inputs["kv_mask"], inputs["segments"], inputs.get("sample_numbers"))
-        return _Pass(ce, (labels != IGNORED).sum(), kv, student, divergences)

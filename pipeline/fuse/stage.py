@@ -9,13 +9,13 @@ from typing import Final
 
 from ...errors import SampleFailedError, StageError, StoreError, StoreNotFoundError
 from ...progress import progress
-from ...store import KVStore, Manifest, Split
+from ...store import KVStore, Manifest, Split, locked
 from ..parallel import run_parts
 from ..recipe import FuseSettings
 from ..run import Run
 from ..stage import Stage, Status
 from ..store_stages import StoreStage
-from ..transform import open_unchanged
+from ..transform import Unclaimed, open_unchanged
 from .fusion import Fusion, fused_manifest, fusion_key, measure_fusion
 from .view import FusedTargets, take_survey
 
@@ -82,17 +82,23 @@ class FuseStage(StoreStage):
         stores, manifest = open_targets(self.run), self.manifest()
         fusion = measured(self.run, stores, manifest)
         store = KVStore.create(self.output, manifest)
-        for number in self.outdated(store):
-            store.drop_part(number)
+        self.drop_outdated(store)
         targets = tuple((name, str(store.path.resolve())) for name, store in stores.items())
         path = self.run.fusion_path(_settings(self.run).name)
         work = FusePart(str(path.resolve()), targets, str(self.output.resolve()))
-        missing = store.missing_parts()
+        missing = self.missing(store)
         with progress(self.label, len(missing), "parts") as advance:
-            run_parts(work, missing, scheduler=scheduler, on_part=lambda part: advance(1))
+            unclaimed = Unclaimed(work, work.out, manifest.fingerprint)
+            run_parts(unclaimed, missing, scheduler=scheduler, on_part=lambda part: advance(1))
         failed = len(store.failed)
         note = f", {failed} failed samples" if failed else ""
+        if absent := store.missing_parts():
+            note += f"; {len(absent)} parts are not there yet, which are not among {self.share}"
         return f"{store.num_tokens} tokens of {store.geometry}, {_told(fusion)} at {store.path}{note}"
+
+    def inputs(self) -> dict[Path, list[int]]:
+        """Every part of every teacher's targets: what is measured is measured on all of them."""
+        return all_targets(self.run)
 
 
 class FuseViewStage(Stage):
@@ -130,6 +136,10 @@ class FuseViewStage(Stage):
         replace(fusion, survey=survey).save(self.output)
         return f"{survey.tokens} tokens with a target of {view.geometry}, {_told(fusion)}, by {self.output}"
 
+    def inputs(self) -> dict[Path, list[int]]:
+        """Every part of every teacher's targets."""
+        return all_targets(self.run)
+
     def discard(self) -> None:
         """Removes the file."""
         self.output.unlink(missing_ok=True)
@@ -157,6 +167,11 @@ def open_targets(run: Run) -> dict[str, KVStore]:
     return {name: KVStore.open(run.target_path(name)) for name in run.recipe.fused_teachers}
 
 
+def all_targets(run: Run) -> dict[Path, list[int]]:
+    """The stores of `open_targets`, with all their parts."""
+    return {store.path: list(range(store.manifest.num_parts)) for store in open_targets(run).values()}
+
+
 def measured(run: Run, stores: dict[str, KVStore], manifest: Manifest) -> Fusion:
     """The fusion on disk if it was measured on these very targets, else one that is measured now, and saved.
 
@@ -168,15 +183,16 @@ def measured(run: Run, stores: dict[str, KVStore], manifest: Manifest) -> Fusion
     if found := [n for n, store in stores.items() if store.manifest.fingerprint != manifest.parents[n]]:
         raise StageError(f"{stores[found[0]].path} was made for another recipe than it says now; kava project")
     key = fusion_key(stores, manifest)
-    with suppress(StoreError):
-        fusion = Fusion.load(path)
-        if fusion.key == key:
-            return fusion
-    at = next(iter(stores.values())).index_of
-    calibration = [at[record.sample_id] for record in run.calibration.records]
-    fusion = measure_fusion(stores, manifest, settings.weighting(run.recipe.fused_teachers), calibration)
-    fusion.save(path)
-    return fusion
+    with locked(path.with_name(f".{path.name}.lock")):
+        with suppress(StoreError):
+            fusion = Fusion.load(path)
+            if fusion.key == key:
+                return fusion
+        at = next(iter(stores.values())).index_of
+        calibration = [at[record.sample_id] for record in run.calibration.records]
+        fusion = measure_fusion(stores, manifest, settings.weighting(run.recipe.fused_teachers), calibration)
+        fusion.save(path)
+        return fusion
 
 
 def sources(stores: dict[str, KVStore], number: int, key: str) -> dict[str, str]:

@@ -20,6 +20,10 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def _answers(folder: Path) -> list[dict[str, Any]]:
+    return [row for path in sorted(folder.iterdir()) for row in _lines(path)]
+
+
 def test_the_teachers_text_is_what_is_captured(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
     recipe = _recipe(tmp_path, tiny_models)
     assert "generated is not written yet" in kava("run", recipe, "--only", "student", "--only", "extract", code=2)
@@ -46,10 +50,10 @@ def test_a_cut_off_generation_goes_on(tmp_path: Path, tiny_models: dict[str, Pat
     recipe = _recipe(tmp_path, tiny_models, temperature=1.0)
     kava("run", recipe, "--only", "generate")
     folder = tmp_path / "run/generated"
-    whole, corpus = (folder / "answers.jsonl").read_bytes(), (folder / "corpus.jsonl").read_bytes()
-    lines = whole.splitlines(keepends=True)
-    (folder / "answers.jsonl").write_bytes(b"".join(lines[:10]) + lines[10][:20])
-    (folder / "corpus.jsonl").unlink()
+    answers, corpus = sorted((folder / "answers").iterdir()), (folder / "corpus.jsonl").read_bytes()
+    assert len(answers) == 5
+    for path in (*answers[2:], folder / "corpus.jsonl"):
+        path.unlink()
     record = json.loads((folder / "kava.json").read_text())
     (folder / "kava.json").write_text(json.dumps({"key": record["key"]}))
     assert "10 of 24 prompts answered" in kava("status", recipe)
@@ -62,7 +66,7 @@ def test_a_cut_off_generation_goes_on(tmp_path: Path, tiny_models: dict[str, Pat
 def test_only_matching_answers_are_kept(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
     recipe = _recipe(tmp_path, tiny_models)
     kava("run", recipe, "--only", "generate")
-    written = {row["id"]: row for row in _lines(tmp_path / "run/generated/answers.jsonl")}
+    written = {row["id"]: row for row in _answers(tmp_path / "run/generated/answers")}
     numbers = {i: final_number(row["rationale"]) for i, row in written.items()}
     right = {i for i in sorted(numbers) if numbers[i] is not None and int(i[1:]) % 2}
     assert len(right) > 1

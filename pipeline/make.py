@@ -1,0 +1,135 @@
+"""Making what is missing of stages, alone or as one of several processes.
+
+Several processes may be given the same stages at any time, each with a share of the parts. What cannot be split (the
+student, its reference, a projector) is made by the first that gets there, and the others wait for it. A stage that
+needs parts of other processes' shares waits for those that are being made, and makes those that nobody is at: so one
+process after the other is as good as all at once, and none waits for one that was never started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+from ..errors import DamagedStoreError, KavaError, StageError
+from ..store import KVStore, locked
+from ..train.ranks import Ranks
+from .cluster.share import ALL, Share, format_parts
+from .generate_stage import GenerateStage
+from .stage import Stage
+from .stages import TrainStage
+from .store_stages import StoreStage
+
+Say = Callable[[str, str], None]
+
+
+def run_stages(
+    stages: list[Stage],
+    *,
+    force: frozenset[str] = frozenset(),
+    scheduler: str | None = None,
+    share: Share = ALL,
+    say: Say = lambda label, line: None,
+    ranks: Ranks | None = None,
+) -> None:
+    """Makes what is missing of each stage, in order.
+
+    Args:
+        stages: of one run, in the order of `stages_of`.
+        force: names of stages whose output is thrown away first, or, of one that is split, this process's share.
+        scheduler: see `run_parts`.
+        share: what this process makes of the stages that are split.
+        say: called with a stage's label and what became of it.
+        ranks: the processes that train together, of which the first decides and speaks; None for this one alone.
+
+    Raises:
+        StageError: if a stage's inputs are missing, or a costly output is stale and not forced.
+        RecipeError: if the share names parts that a store does not have.
+        DamagedStoreError: if a stage's output, or what it reads, is not as it was written.
+    """
+    for number, stage in enumerate(stages):
+        if isinstance(stage, StoreStage) and stage.splits:
+            stage.share = share
+        elif stage.splits:  # Its parts are other ones.
+            stage.share = replace(share, parts=None)
+        if isinstance(stage, TrainStage):
+            stage.ranks = ranks or Ranks()
+        if not share.is_all:
+            _supply(stage, stages[:number], scheduler, say)
+        _run_stage(stage, stage.name in force, scheduler, say)
+        if isinstance(stage, GenerateStage) and not stage.share.is_all and number + 1 < len(stages):
+            _run_stage(replace(stage, share=Share()), False, scheduler, say)  # Whatever follows reads all of it.
+
+
+def _run_stage(stage: Stage, force: bool, scheduler: str | None, say: Say) -> None:
+    if isinstance(stage, TrainStage):
+        _train(stage, force, scheduler, say)
+        return
+    status = stage.status()
+    if not force and status.state == "complete":
+        say(stage.label, f"up to date ({status.detail})")
+        return
+    with _lock(stage, say) if stage.splits or stage.one_at_a_time else nullcontext():
+        done = _clear(stage, force, say)
+        if not done and stage.one_at_a_time:
+            say(stage.label, stage.make(scheduler))
+            return
+    say(stage.label, done or stage.make(scheduler))
+
+
+def _train(stage: TrainStage, force: bool, scheduler: str | None, say: Say) -> None:
+    """Trains, with the other ranks: the first looks at what is there, and all do the same."""
+    found = stage.ranks.first(lambda: _clear(stage, force, say))
+    line = found or stage.make(scheduler)
+    if stage.ranks.is_first:
+        say(stage.label, line)
+
+
+def _clear(stage: Stage, force: bool, say: Say) -> str:
+    """Removes what is to be made again; says so if nothing is to be made, because another process did meanwhile."""
+    status = stage.status()
+    if force and (status.state == "stale" or stage.share.is_all):
+        stage.check()
+        stage.discard()
+        status = stage.status()
+    elif force:
+        stage.drop_share()
+        status = stage.status()
+    if status.state == "complete":
+        return f"up to date ({status.detail})"
+    if status.state == "blocked":
+        raise StageError(status.detail)
+    if status.state == "damaged":
+        raise DamagedStoreError(f"{stage.label}: {status.detail}; kava repair makes what is damaged again")
+    if status.state == "stale":
+        if stage.costly:
+            raise StageError(
+                f"{stage.label}: {stage.output} is stale ({status.detail}); add --force {stage.name} to make it "
+                "again, or write elsewhere (run_dir, train.name)"
+            )
+        say(stage.label, f"stale ({status.detail}), made again")
+        stage.check()
+        stage.discard()
+    return ""
+
+
+def _supply(stage: Stage, before: list[Stage], scheduler: str | None, say: Say) -> None:
+    """Makes parts of earlier stages that this one cannot begin without, and that other processes have not made yet."""
+    try:
+        inputs = stage.inputs()
+    except KavaError:  # Told by its status, or when it is made.
+        return
+    for number, earlier in enumerate(before):
+        if not isinstance(earlier, StoreStage) or earlier.output not in inputs:
+            continue
+        if absent := set(inputs[earlier.output]) & set(KVStore.open(earlier.output).missing_parts()):
+            rest = replace(earlier, share=Share(parts=frozenset(absent)))
+            say(rest.label, f"parts {format_parts(absent)} of other shares are needed first")
+            _supply(rest, before[:number], scheduler, say)
+            say(rest.label, rest.make(scheduler))
+
+
+def _lock(stage: Stage, say: Say) -> AbstractContextManager[None]:
+    path = stage.run.root / f".{stage.label.replace(' ', '-')}.lock"
+    return locked(path, lambda: say(stage.label, "another process is at it; waiting"))
