@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from smollm import MODEL, captured, fastest, under_codec
+from measure import MODEL, captured, fastest, under_codec
 
 from kava.extract.hf import HFTeacher
 from kava.extract.rope import rotary_tables
