@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from smollm import MODEL, errors, fastest, under_codec, with_queries
+from measure import MODEL, errors, fastest, under_codec, with_queries
 
 from kava.store import CODECS, LOSSY, KVStore
 

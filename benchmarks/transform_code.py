@@ -22,8 +22,8 @@ from typing import Final
 
 import numpy as np
 import torch
+from measure import MODEL, errors, under_codec, with_queries
 from numcodecs import Blosc
-from smollm import MODEL, errors, under_codec, with_queries
 
 from kava.store import LOSSY, KVSample
 from kava.store.quantize import EXACT_TOKENS

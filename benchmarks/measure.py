@@ -1,15 +1,18 @@
-"""What the benchmarks of the store share: real keys and values of SmolLM2-135M, and how seconds are counted."""
+"""What benchmarks share: real keys and values of SmolLM2-135M, and how seconds and memory are counted."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from kava.extract import CaptureSettings, capture_store
@@ -130,3 +133,21 @@ def fastest(work: Callable[[], object], rounds: int = 3, clock: Callable[[], flo
         work()
         times.append(clock() - begun)
     return min(times)
+
+
+@contextmanager
+def peak() -> Iterator[list[float]]:
+    """The peak of resident memory above the start, in MB, once the block is left."""
+    process, found, done = psutil.Process(), [0.0], threading.Event()
+    before = process.memory_info().rss
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            found[0] = max(found[0], (process.memory_info().rss - before) / 1e6)
+
+    (watcher := threading.Thread(target=watch)).start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
