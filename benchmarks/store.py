@@ -1,6 +1,7 @@
 """The store on real keys and values: size, reading, writing, threads, a cold disk and memory, each beside its aim.
 
-SmolLM2-135M reads items of GSM8K in bfloat16. Baselines, measured in the same run on the same bytes, interleaved:
+SmolLM2-135M reads items of GSM8K (its `train.jsonl`; without one, the demo corpus) in bfloat16. Baselines, measured in
+the same run on the same bytes, interleaved:
 
 - memmap: samples in random order, copied out of one `np.memmap` into a buffer that is used again;
 - plain: the same arrays written to one file in sequence, and flushed as a part is;
@@ -37,7 +38,7 @@ import psutil
 import torch
 import zarr
 from numcodecs import blosc
-from smollm import GSM8K, MODEL, captured, fastest, under_codec
+from smollm import MODEL, captured, fastest, under_codec
 
 from kava.pipeline.parts import BYTES_PER_TOKEN, PART_BYTES
 from kava.store import CODECS, LOSSY, BackgroundWriter, KVSample, KVStore
@@ -353,7 +354,7 @@ def sizes(stores: dict[str, KVStore], raw: int, aims: Aims) -> None:
 def main(corpus: str = "", samples: str = "100", rounds: str = "5") -> None:
     """Prints a table for each question, and then the aims."""
     torch.set_num_threads(1)
-    path = Path(corpus) if corpus else GSM8K if GSM8K.exists() else None
+    path = Path(corpus) if corpus else None
     with tempfile.TemporaryDirectory() as folder:
         root, aims = Path(folder), Aims()
         exact = captured(root, int(samples), path)

@@ -48,6 +48,11 @@ EXAMPLES = {
         "kava compare workflows/gsm8k-compare.yaml --arm kv --seed 1",
         "kava compare workflows/gsm8k-compare.yaml --no-train --json",
     ],
+    "plan": [
+        "kava plan workflows/demo.yaml",
+        "kava plan workflows/demo.yaml --probe",
+        "kava plan workflows/demo.yaml --sample 500 --json -s extract.codec=int8",
+    ],
     "status": [
         "kava status workflows/demo.yaml",
         "kava status workflows/demo.yaml --json",
@@ -82,6 +87,7 @@ NOTES = {
     "select": "Reads the teacher stores; with `select.geometry: student` the student and its projector are made first.",
     "fuse": "The targets must be complete. With `fuse.materialize: false` no store is written: they are read through\n"
     "once, for their statistics, and training fuses while it reads.",
+    "plan": "Nothing of the run is made. Exit code 2 if it cannot fit. [What it is worked out from](../plan.md).",
     "status": "[The keys of `--json`](../cluster.md#kava-status).",
     "train": "Goes on at its last checkpoint where `train.save_steps` is set. The targets must be complete. On\n"
     "several devices: `torchrun --nproc-per-node 4 -m kava train RECIPE`.",
