@@ -23,6 +23,8 @@ EXAMPLES = {
     "extract": [
         "kava extract workflows/demo.yaml --teacher smollm2",
         "kava extract workflows/demo.yaml --retry-failed",
+        "kava extract workflows/demo.yaml --rank 0 --world-size 4",
+        "kava extract workflows/demo.yaml --parts 12-40 --rank auto",
     ],
     "resample": ["kava resample workflows/demo.yaml -s resample.method=linear"],
     "project": [
@@ -41,12 +43,27 @@ EXAMPLES = {
         "kava fuse workflows/two-teachers.yaml -s fuse.materialize=false",
     ],
     "train": ["kava train workflows/demo.yaml -s train.name=plain -s train.alpha=0"],
+    "evaluate": [
+        "kava evaluate workflows/demo.yaml",
+        "kava evaluate runs/demo/students/kv --limit 100 --max-new-tokens 200",
+        "kava evaluate some/model --recipe workflows/demo.yaml --no-generate --json",
+        "kava evaluate workflows/qwen2-7b-tinyllama.yaml --tasks gsm8k,arc_easy --dtype bfloat16",
+    ],
     "compare": [
         "kava compare workflows/gsm8k-compare.yaml",
         "kava compare workflows/gsm8k-compare.yaml --arm kv --seed 1",
         "kava compare workflows/gsm8k-compare.yaml --no-train --json",
     ],
-    "status": ["kava status workflows/demo.yaml", "kava status workflows/demo.yaml --json"],
+    "plan": [
+        "kava plan workflows/demo.yaml",
+        "kava plan workflows/demo.yaml --probe",
+        "kava plan workflows/demo.yaml --sample 500 --json -s extract.codec=int8",
+    ],
+    "status": [
+        "kava status workflows/demo.yaml",
+        "kava status workflows/demo.yaml --json",
+        "kava status workflows/demo.yaml --watch --every 10",
+    ],
     "inspect": [
         "kava inspect runs/demo/targets/smollm2.zarr",
         "kava inspect runs/demo/teachers/smollm2.zarr --sample 3",
@@ -76,7 +93,17 @@ NOTES = {
     "select": "Reads the teacher stores; with `select.geometry: student` the student and its projector are made first.",
     "fuse": "The targets must be complete. With `fuse.materialize: false` no store is written: they are read through\n"
     "once, for their statistics, and training fuses while it reads.",
-    "train": "Goes on at its last checkpoint where `train.save_steps` is set. The targets must be complete.",
+    "plan": "Nothing of the run is made. Exit code 2 if it cannot fit. [What it is worked out from](../plan.md).",
+    "status": "[The keys of `--json`](../cluster.md#kava-status).",
+    "train": "Goes on at its last checkpoint where `train.save_steps` is set. The targets must be complete. On\n"
+    "several devices: `torchrun --nproc-per-node 4 -m kava train RECIPE`.",
+    "evaluate": "Writes `evaluate.json` and `answers.jsonl` to the student's folder. Cross-entropy is over the tokens\n"
+    "of `train.ce_segments`, and per byte of text, which compares across tokenizers: a folder with any model goes,\n"
+    "with `--recipe`. KV error is the squared error of keys and values over the variance of the targets, by layer; it\n"
+    "needs the targets' tokenizer. Answers are greedy, from the prompt as it was trained on; the number after the\n"
+    "first `####`, else the last one, is compared by value with that of the sample's answer (`1,234`, `$5.00`, `3/4`\n"
+    "and negatives are read), with Wilson's 95 %. `--tasks` are lm-eval's, which finds or downloads their data by\n"
+    "itself.",
     "compare": "Each arm and seed is a training in a folder of its own below `run_dir/compare`: what is finished is\n"
     "kept, what was cut off goes on, and a training whose recipe or targets changed is refused without `--force`,\n"
     "which makes the chosen ones again. `--arm` and `--seed` make one call one job of an array; a last `--no-train`\n"

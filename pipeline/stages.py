@@ -21,13 +21,14 @@ from ..store import Split
 from ..store.files import write_atomic
 from ..train.ranks import Ranks
 from ..train.settings import TrainSettings
+from .capture_stages import ExtractStage, ReferenceStage
 from .fuse.stage import fuse_stage
 from .generate_stage import GenerateStage
 from .places import RECORD, read_record
 from .run import Run
 from .select.stage import SelectStage
 from .stage import Stage, Status
-from .store_stages import ExtractStage, ProjectStage, ReferenceStage, ResampleStage
+from .store_stages import ProjectStage, ResampleStage
 
 if TYPE_CHECKING:
     from ..train.data import Targets
@@ -65,11 +66,6 @@ class TrainStage(Stage):
     name = "train"
     ranks = Ranks()
     """The processes that train together."""
-
-    @property
-    def one_at_a_time(self) -> bool:
-        """No."""
-        return False
 
     @property
     def costly(self) -> bool:
@@ -119,7 +115,7 @@ class TrainStage(Stage):
                 advance = stack.enter_context(progress(f"{self.label} {settings.name}", settings.max_steps, "steps"))
                 # The record without metrics marks a training that was begun; the next call goes on with it.
                 write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
-                run.recipe.save(self.output / "recipe.yaml")
+                run.recipe.model_copy(update={"train": settings}).save(self.output / "recipe.yaml")
             result = train_student(
                 run.student_dir,
                 store,
