@@ -194,7 +194,7 @@ def test_asked_to_stop_it_can_be_put_back_into_the_queue(
     assert _made(recipe) == _made(alone)
 
 
-def test_a_lock_is_one_processes(tmp_path: Path) -> None:
+def test_a_lock_is_one_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kava.store import Lock, locked
 
     path = tmp_path / "new/x.lock"
@@ -207,4 +207,7 @@ def test_a_lock_is_one_processes(tmp_path: Path) -> None:
     with locked(path, lambda: told.append("waits")):
         assert Lock.take(path) is None
     assert told == []
+    monkeypatch.setattr("kava.store.lock.PATIENCE", 0.1)  # Whoever holds it may hang: it is done without.
+    with locked(path), locked(path, lambda: told.append("waits")):
+        assert told == ["waits"]
     assert json.dumps(sorted(p.name for p in path.parent.iterdir())) == "[]"
