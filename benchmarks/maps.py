@@ -14,12 +14,10 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -32,6 +30,8 @@ from kava.pipeline.stages import stages_of
 from kava.pipeline.store_stages import ProjectStage
 from kava.store import KVStore
 from kava.train import TrainSettings, train_student
+from kava.train.controls import TokenShuffledTargets
+from kava.train.data import Targets
 
 MAPS: dict[str, dict[str, Any]] = {
     "mean": {"heads": "mean"},
@@ -90,32 +90,11 @@ def diagnose(run_for: Any, out: Console) -> None:
     out.print(table)
 
 
-def shuffled(store: KVStore, path: Path) -> KVStore:
-    """The same targets, given to other tokens of the same sample."""
-    parameters = {**store.manifest.parameters, "control": "shuffled over the tokens of a sample"}
-    made = KVStore.create(path, store.manifest.model_copy(update={"parameters": parameters}))
-    for part in made.missing_parts():
-        reader = store.part(part)
-        with made.write_part(part) as writer:
-            for position in reader.order:
-                sample = reader.sample(position)
-                assert sample.keys is not None
-                assert sample.values is not None
-                rows = torch.from_numpy(sample.mask).nonzero().flatten()
-                draw = torch.Generator().manual_seed(part * 100_000 + position)
-                other = rows[torch.randperm(len(rows), generator=draw)]
-                keys, values = sample.keys.clone(), sample.values.clone()
-                keys[rows], values[rows] = sample.keys[other], sample.values[other]
-                writer.append(position, replace(sample, keys=keys, values=values))
-            writer.commit()
-    return KVStore.open(path)
-
-
 def compare(run_for: Any, folder: Path, steps: int, seeds: int, out: Console) -> None:
     """The second table."""
     table = Table("targets", "held-out CE", "seeds", "held-out KV loss", box=None, pad_edge=False)
 
-    def arm(name: str, run: Run, store: KVStore, alpha: float) -> None:
+    def arm(name: str, run: Run, store: Targets, alpha: float) -> None:
         found = []
         for seed in range(seeds):
             settings = TrainSettings.model_validate(
@@ -136,7 +115,7 @@ def compare(run_for: Any, folder: Path, steps: int, seeds: int, out: Console) ->
             arm("none (alpha 0)", run, store, 0.0)
         arm(name, run, store, 3.0)
         if name == "procrustes":
-            arm("procrustes, shuffled", run, shuffled(store, folder / "shuffled.zarr"), 3.0)
+            arm("procrustes, shuffled", run, TokenShuffledTargets(store), 3.0)
         ProjectStage(run, "teacher").discard()
     out.print(f"a student of {run.student_geometry}, {steps} steps of 8 samples")
     out.print(table)

@@ -43,6 +43,17 @@ EXAMPLES = {
         "kava fuse workflows/two-teachers.yaml -s fuse.materialize=false",
     ],
     "train": ["kava train workflows/demo.yaml -s train.name=plain -s train.alpha=0"],
+    "evaluate": [
+        "kava evaluate workflows/demo.yaml",
+        "kava evaluate runs/demo/students/kv --limit 100 --max-new-tokens 200",
+        "kava evaluate some/model --recipe workflows/demo.yaml --no-generate --json",
+        "kava evaluate workflows/qwen2-7b-tinyllama.yaml --tasks gsm8k,arc_easy --dtype bfloat16",
+    ],
+    "compare": [
+        "kava compare workflows/gsm8k-compare.yaml",
+        "kava compare workflows/gsm8k-compare.yaml --arm kv --seed 1",
+        "kava compare workflows/gsm8k-compare.yaml --no-train --json",
+    ],
     "plan": [
         "kava plan workflows/demo.yaml",
         "kava plan workflows/demo.yaml --probe",
@@ -84,7 +95,20 @@ NOTES = {
     "once, for their statistics, and training fuses while it reads.",
     "plan": "Nothing of the run is made. Exit code 2 if it cannot fit. [What it is worked out from](../plan.md).",
     "status": "[The keys of `--json`](../cluster.md#kava-status).",
-    "train": "Goes on at its last checkpoint where `train.save_steps` is set. The targets must be complete.",
+    "train": "Goes on at its last checkpoint where `train.save_steps` is set. The targets must be complete. On\n"
+    "several devices: `torchrun --nproc-per-node 4 -m kava train RECIPE`.",
+    "evaluate": "Writes `evaluate.json` and `answers.jsonl` to the student's folder. Cross-entropy is over the tokens\n"
+    "of `train.ce_segments`, and per byte of text, which compares across tokenizers: a folder with any model goes,\n"
+    "with `--recipe`. KV error is the squared error of keys and values over the variance of the targets, by layer; it\n"
+    "needs the targets' tokenizer. Answers are greedy, from the prompt as it was trained on; the number after the\n"
+    "first `####`, else the last one, is compared by value with that of the sample's answer (`1,234`, `$5.00`, `3/4`\n"
+    "and negatives are read), with Wilson's 95 %. `--tasks` are lm-eval's, which finds or downloads their data by\n"
+    "itself.",
+    "compare": "Each arm and seed is a training in a folder of its own below `run_dir/compare`: what is finished is\n"
+    "kept, what was cut off goes on, and a training whose recipe or targets changed is refused without `--force`,\n"
+    "which makes the chosen ones again. `--arm` and `--seed` make one call one job of an array; a last `--no-train`\n"
+    "compares them all. The targets must be complete. [The recipe](../recipe.md#compare) has the arms, and what is\n"
+    "computed.",
     "inspect": "Finds the run's recipe beside the store to show tokens and text.",
     "verify": "Names part, array, chunk and sample. Exit code 1 if anything is damaged.",
     "repair": "Verifies every store of the recipe that is there. Damaged parts are set aside and made again:\n"

@@ -7,22 +7,18 @@ et al. 2021, https://arxiv.org/abs/2110.14168).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from types import TracebackType
-from typing import Annotated, Any, Final, Literal, Protocol, Self
+from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
+from ..answers import MARK, same_number
 from ..errors import CorpusError
 from ..store import Segment
 from .corpus import Record
 from .tokens import Encoder
-
-_MARK: Final = "####"
-_NUMBER: Final = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 
 
 class GenerateSettings(BaseModel):
@@ -111,26 +107,15 @@ def prompt_ids(encoder: Encoder, question: Question, settings: GenerateSettings)
 
 def row_of(question: Question, written: str) -> dict[str, Any]:
     """A corpus row: what the teacher wrote is the rationale, the answer is the record's, or else the teacher's own."""
-    rationale, mark, given = written.strip().rpartition(_MARK)
+    rationale, mark, given = written.strip().rpartition(MARK)
     if not mark:
         rationale, given = written.strip(), ""
     row: dict[str, Any] = {"id": question.sample_id, "prompt": question.prompt, "rationale": rationale.strip()}
-    answer = question.answer or (f"{_MARK} {given.strip()}" if mark else "")
+    answer = question.answer or (f"{MARK} {given.strip()}" if mark else "")
     if answer:
         row["answer"] = answer
-    return {**row, "split": "heldout" if question.heldout else "train", "matches": matches(written, question.answer)}
-
-
-def matches(written: str, answer: str) -> bool:
-    """Whether both texts end in the same number."""
-    found, wanted = final_number(written), final_number(answer)
-    return found is not None and found == wanted
-
-
-def final_number(text: str) -> Decimal | None:
-    """The number after the last `####`, else the last one in the text; without thousands separators and `$`."""
-    _, mark, after = text.rpartition(_MARK)
-    found = _NUMBER.findall(after if mark else text)
-    if not found:
-        return None
-    return Decimal((found[0] if mark else found[-1]).replace(",", "").replace("$", ""))
+    return {
+        **row,
+        "split": "heldout" if question.heldout else "train",
+        "matches": same_number(written, question.answer),
+    }

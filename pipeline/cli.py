@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import EXIT_FAULT, EXIT_RETRY, KavaError, RecipeError, StageError
+from .cli_results import compare, evaluate
 from .cli_status import plan, status
 from .cli_store import (
     OnlyTeacher,
@@ -238,6 +239,10 @@ def train(recipe: RecipePath, overrides: Overrides = None, force: Force = False)
     _run(load(recipe, overrides), ["train"], frozenset({"train"} if force else ()), None)
 
 
+app.command()(evaluate)
+app.command()(compare)
+
+
 @app.command()
 def inspect(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="A store.", show_default=False)],
@@ -303,15 +308,17 @@ def main() -> None:
 
 
 def _fail(message: str, code: int, error: BaseException) -> None:
+    _tell(message, error)
+    sys.exit(code)
+
+
+def _tell(message: str, error: BaseException) -> None:
     if os.environ.get("KAVA_VERBOSE"):
         import traceback
 
         traceback.print_exception(error)
     rank = os.environ.get("RANK", "0")
-    # Of several processes that train together the first tells what all have agreed on, and each what is its own.
-    if rank == "0" or not getattr(error, "agreed", False):
-        err.print(f"kava: {message}" if rank == "0" else f"kava: rank {rank}: {message}", style="red", markup=False)
-    sys.exit(code)
+    err.print(f"kava: {message}" if rank == "0" else f"kava: rank {rank}: {message}", style="red", markup=False)
 
 
 def _run(
@@ -349,22 +356,31 @@ def _make(stages: Any, force: frozenset[str], scheduler: str | None, share: Shar
     from ..train.ranks import Ranks
     from .make import run_stages
 
-    ranks = Ranks()
-    if share.world_size == 1:
-        _one_process({stage.name for stage in stages} - {"train"})
-        ranks = Ranks.join(use_cpu=any(stage.run.recipe.train.arguments.get("use_cpu") for stage in stages))
-    run_stages(stages, force=force, scheduler=scheduler, share=share, say=say, ranks=ranks)
+    trains = any(stage.name == "train" for stage in stages)
+    _one_process({stage.name for stage in stages} - {"train"}, share)
+    use_cpu = any(stage.run.recipe.train.arguments.get("use_cpu") for stage in stages)
+    ranks = Ranks.join(use_cpu=use_cpu) if trains and share.world_size == 1 else Ranks()
+    try:
+        run_stages(stages, force=force, scheduler=scheduler, share=share, say=say, ranks=ranks)
+    except KavaError as error:
+        if not error.agreed:
+            raise
+        if ranks.is_first:
+            _tell(str(error), error)
+        # torchrun ends the others as soon as one has ended: not before it was told why.
+        ranks.wait()
+        sys.exit(error.exit_code)
     ranks.leave()
 
 
-def _one_process(stages: set[str]) -> None:
+def _one_process(stages: set[str], share: Share) -> None:
     """Several processes train one student; what else they would do, each would do on its own, in the others' way."""
     from ..train.ranks import num_processes
 
-    if stages and num_processes() > 1:
+    if stages and num_processes() > 1 and share.is_all:
         raise StageError(
             f"torchrun is for kava train: {', '.join(sorted(stages))} would run {num_processes()} times; run it alone "
-            "first, or split it by --rank auto"
+            "first, or split it with --rank auto"
         )
 
 

@@ -77,6 +77,7 @@ def _run_stage(stage: Stage, force: bool, scheduler: str | None, say: Say) -> No
 
 
 def _train(stage: TrainStage, force: bool, ranks: Ranks, say: Say) -> None:
+    """Trains, with the other ranks: the first looks at what is there, and all do the same."""
     stage.ranks = ranks
     done = ranks.first(partial(_clear, stage, force, say))
     line = done or stage.make(None)

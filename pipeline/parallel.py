@@ -2,21 +2,25 @@
 
 A part is one task, and one folder that one worker writes under a name of its own and renames when it is whole. So no
 two workers ever write to one file, a worker that dies loses the part in hand and nothing else, and a part that was
-given out twice is kept once. A task holds one sample at a time, in float32: its memory does not grow with the corpus.
+given out twice is kept once. A task holds a few samples, in float32: its memory does not grow with the corpus.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from ..errors import KavaError, RecipeError, RetryLaterError
 
 if TYPE_CHECKING:
     from distributed import Client
 
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
 _PROCESSES: Final = "processes:"
 
 
@@ -55,6 +59,21 @@ def run_parts(
             dask.compute(*tasks, scheduler=scheduler or "threads", num_workers=os.cpu_count(), optimize_graph=False)
     finally:
         torch.set_num_threads(threads)
+
+
+def ahead(work: Callable[[_In], _Out], items: Iterable[_In]) -> Generator[_Out, None, None]:
+    """The results of `work`, in order; a thread of its own makes the next one while the caller is at the last.
+
+    Leave it by `contextlib.closing`: it waits for its thread.
+    """
+    with ThreadPoolExecutor(1, "kava-ahead") as pool:
+        waiting: deque[Future[_Out]] = deque()
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        for last in waiting:
+            yield last.result()
 
 
 def _run_distributed(

@@ -68,3 +68,8 @@ class Places:
     def trained_dir(self, name: str | None = None) -> Path:
         """A trained student."""
         return self.root / "students" / (name or self._trained)
+
+    @property
+    def compare_dir(self) -> Path:
+        """The trainings of a comparison, and what they say of each other."""
+        return self.root / "compare"

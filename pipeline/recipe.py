@@ -30,6 +30,7 @@ from ..extract.generate import GenerateSettings
 from ..extract.vllm.settings import EngineSettings
 from ..store import CODECS, LOSSY, KVGeometry
 from ..store.files import write_atomic
+from ..train.arms import CompareSettings
 from ..train.settings import ByteLevelBPE, StudentSettings, TrainSettings
 from .fuse.rules import RULES, Weighting
 from .maps.heads import HEAD_MAPS, RIDGE
@@ -229,6 +230,8 @@ class Recipe(_Section):
     fuse: FuseSettings | None = None
     """The targets of several teachers as one."""
     train: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}))
+    compare: CompareSettings | None = None
+    """Arms and seeds of kava compare."""
 
     @field_validator("teachers")
     @classmethod
@@ -290,18 +293,23 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _captures_logits_that_are_trained_on(self) -> Self:
-        if self.train.logits is None:
-            return self
+        arms = [] if self.compare is None else self.compare.resolve(self.train)
+        for settings in (self.train, *(arm.settings(self.train, 0, 1) for arm in arms)):
+            self._check_logits(settings)
+        return self
+
+    def _check_logits(self, train: TrainSettings) -> None:
+        if train.logits is None:
+            return
         if self.extract.logits is None:
             raise ValueError("train.logits needs extract.logits: how many next tokens are captured, for example 64")
         if isinstance(self.student.tokenizer, ByteLevelBPE):
             raise ValueError(
                 "train.logits needs the teacher's tokenizer; student.tokenizer is one trained on the corpus"
             )
-        named = self.train.teacher
+        named = train.teacher
         if self.fuse is not None and (named == self.fuse.name or (named is None and len(self.teachers) > 1)):
             raise ValueError("train.logits: fused targets have none; name one teacher in train.teacher")
-        return self
 
     @property
     def fused_teachers(self) -> list[str]:

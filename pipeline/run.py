@@ -29,6 +29,7 @@ from ..hub import (
 from ..store import KVGeometry, KVStore, Manifest, ModelIdentity, Split, digest_json
 from ..store.dtypes import dtype_of
 from ..store.manifest import default_page_tokens
+from ..train.settings import TrainSettings
 from .fuse.view import FusedTargets
 from .maps.heads import HEAD_MAPS
 from .maps.layers import FITTED, LayerMap, layer_map
@@ -140,12 +141,16 @@ class Run(Places):
 
     @property
     def train_teacher(self) -> str:
-        """The teacher whose targets the student is trained on, or the name of the fused ones.
+        """The teacher whose targets the student is trained on, or the name of the fused ones; see `teacher_of`."""
+        return self.teacher_of(self.recipe.train)
+
+    def teacher_of(self, settings: TrainSettings) -> str:
+        """The teacher whose targets these settings name, or the name of the fused ones.
 
         Raises:
             StageError: if there are several and the recipe neither names nor fuses any.
         """
-        named, fuse = self.recipe.train.teacher, self.recipe.fuse
+        named, fuse = settings.teacher, self.recipe.fuse
         if named is None and len(self.recipe.teachers) > 1:
             if fuse is None:
                 raise StageError(f"train.teacher: name one of {', '.join(self.recipe.teachers)}, or add a fuse section")
@@ -352,19 +357,26 @@ class Run(Places):
         source = self.parent_manifest(name).geometry
         return layer_map(self.recipe.project.layers, source.num_layers, self.student_geometry.num_layers)
 
-    def trained_key(self) -> str:
+    def trained_key(self, settings: TrainSettings | None = None) -> str:
         """What determines a trained student: read from the targets on disk, nothing is asked of a teacher.
+
+        Args:
+            settings: how it is trained; None for the recipe's.
 
         Raises:
             StoreNotFoundError: if the targets are not made yet.
         """
+        settings = settings or self.recipe.train
         how = {"name", "teacher", "logging_steps", "eval_steps", "save_steps", "num_workers"}
-        how |= {"measure_steps", "collapse_threshold", "report_to"}
-        settings = self.recipe.train.model_dump(mode="json", exclude_defaults=True, exclude=how)
-        student = weights_digest(Path(self.student_source.location))
-        targets = self.open_target(self.train_teacher)
+        how |= {"measure_steps", "collapse_threshold", "report_to", "reader_threads", "prefetch_steps"}
+        stated = settings.model_dump(mode="json", exclude_defaults=True, exclude=how)
+        targets = self.open_target(self.teacher_of(settings))
         content = [targets.manifest.fingerprint, targets.content]
-        return digest_json({"settings": settings, "student": student, "targets": content})
+        return digest_json({"settings": stated, "student": self._student_weights, "targets": content})
+
+    @cached_property
+    def _student_weights(self) -> str:
+        return weights_digest(Path(self.student_source.location))
 
     def open_target(self, name: str) -> KVStore | FusedTargets:
         """The targets made from a teacher, or the fused ones.

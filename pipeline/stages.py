@@ -13,13 +13,14 @@ import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..hub import load_tokenizer
 from ..progress import progress
 from ..store import Split
 from ..store.files import write_atomic
 from ..train.ranks import Ranks
+from ..train.settings import TrainSettings
 from .capture_stages import ExtractStage, ReferenceStage
 from .fuse.stage import fuse_stage
 from .generate_stage import GenerateStage
@@ -28,6 +29,9 @@ from .run import Run
 from .select.stage import SelectStage
 from .stage import Stage, Status
 from .store_stages import ProjectStage, ResampleStage
+
+if TYPE_CHECKING:
+    from ..train.data import Targets
 
 
 class StudentStage(Stage):
@@ -73,9 +77,22 @@ class TrainStage(Stage):
         """The trained student's folder."""
         return self.run.trained_dir()
 
+    @property
+    def settings(self) -> TrainSettings:
+        """How it is trained."""
+        return self.run.recipe.train
+
+    def key(self) -> str:
+        """What determines it."""
+        return self.run.trained_key()
+
+    def targets(self) -> Targets:
+        """What it is trained on."""
+        return self.run.open_target(self.run.train_teacher)
+
     def inspect(self) -> Status:
         """Compares the record in the folder with the recipe."""
-        key = self.run.trained_key()
+        key = self.key()
         if not self.output.is_dir():
             return Status("missing")
         record = read_record(self.output)
@@ -90,16 +107,15 @@ class TrainStage(Stage):
         from ..train.trainer import train_student
 
         run = self.run
-        store = run.open_target(run.train_teacher)
-        record: dict[str, Any] = {"key": run.trained_key(), "targets": store.manifest.fingerprint}
-        settings = run.recipe.train
+        store, settings = self.targets(), self.settings
+        record: dict[str, Any] = {"key": self.key(), "targets": store.manifest.fingerprint}
         advance: Callable[[int], None] | None = None
         with ExitStack() as stack:
             if self.ranks.is_first:
                 advance = stack.enter_context(progress(f"{self.label} {settings.name}", settings.max_steps, "steps"))
                 # The record without metrics marks a training that was begun; the next call goes on with it.
                 write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
-                run.recipe.save(self.output / "recipe.yaml")
+                run.recipe.model_copy(update={"train": settings}).save(self.output / "recipe.yaml")
             result = train_student(
                 run.student_dir,
                 store,

@@ -1,32 +1,38 @@
 """The fused offline pass: one part of a teacher store in, the same part of a target store out.
 
-A part is one dask task. It streams sample by sample, so its memory is that of a sample, and it records the digest of
-the parent part, so that a part captured again makes exactly its own targets stale.
+A part is one dask task. It streams sample by sample: while one is computed, the next is read and the one before is
+written, each on a thread of its own; so its memory is that of a few samples. It records the digest of the parent part,
+so that a part captured again makes exactly its own targets stale.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from ..errors import AlignmentError, StageError
 from ..extract import Corpus, CorpusSettings, Encoder, load_corpus
 from ..hub import ModelSource, find_model, load_tokenizer
-from ..store import LOGITS, Derive, ExtraArray, KVSample, KVStore, Manifest, Split
+from ..store import LOGITS, BackgroundWriter, Derive, ExtraArray, KVSample, KVStore, Manifest, PartReader, Split
 from ..store.fingerprint import file_stamp
 from .maps.moments import Pair
 from .maps.projector import Projector
 from .maps.resample import TimeMap, coverage, identity_map, time_map
+from .parallel import ahead
 
 if TYPE_CHECKING:
     import torch
 
     from ..extract import Tokens
+
+_WAITING_BYTES: Final = 32 << 20
+"""Of computed samples that may wait to be written; one that is larger waits alone."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +65,19 @@ class Transform:
         """
         parent, out = KVStore.open(self.parent), open_unchanged(self.out, self.fingerprint)
         reader, derive = parent.part(part), self.derive(parent.manifest)
+        good = [position for position in reader.order if position not in reader.failed]
         rows = [name for name, kind in out.manifest.extras.items() if kind.axis == "row"]
-        with out.write_part(part) as writer:
+        with (
+            BackgroundWriter(out, queue_bytes=_WAITING_BYTES, encoders=0) as writer,
+            closing(ahead(partial(_read, reader, rows), good)) as samples,
+        ):
+            writer.begin(part)
             for position in reader.order:
                 if position in reader.failed:
                     split = Split(int(reader.splits[position]))
                     writer.fail(position, reader.ids[position], split, reader.failed[position])
                     continue
-                source = reader.sample(position, extras=False)
-                carried = source.extras | {name: reader.read(name, position) for name in rows}
-                made, met = derive(replace(source, extras=carried))
+                made, met = derive(next(samples))
                 writer.append(position, made, coverage=None if self.resampler is None else met)
             # On the parent's own time axis, how that one met the teacher's is what there is to know.
             known = reader.coverage if self.resampler is None else None
@@ -125,6 +134,12 @@ class Transform:
                 f"{self.parent}: sample {source.sample_id!r} is not on this student's tokens; resample it again"
             )
         return identity_map(len(tokens), source.mask)
+
+
+def _read(reader: PartReader, rows: Sequence[str], position: int) -> KVSample:
+    """A sample with those of its extra arrays that are carried on."""
+    source = reader.sample(position, extras=False)
+    return replace(source, extras=source.extras | {name: reader.read(name, position) for name in rows})
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import os
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import google_crc32c
 import numpy as np
@@ -38,6 +38,32 @@ def crc32c(data: bytes | np.ndarray[Any, Any]) -> int:
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """An encoded page: on disk, its payload and then its checksum."""
+
+    payload: bytes | np.ndarray[Any, Any]
+    checksum: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of both."""
+        return len(self.payload) + _CRC.size
+
+    def write(self, file: BinaryIO) -> None:
+        """Writes both at the end of a file."""
+        file.write(self.payload if isinstance(self.payload, bytes) else self.payload.data)
+        file.write(_CRC.pack(self.checksum))
+
+    def extend(self, checksum: int) -> int:
+        """The checksum of a file's bytes, of which that of those before this chunk is given."""
+        if isinstance(self.payload, bytes):
+            checksum = google_crc32c.extend(checksum, self.payload)
+        else:  # Of pages that all have one size, the sum of what was summed up already costs nothing.
+            checksum = _through(checksum, len(self.payload)) ^ self.checksum
+        return int(google_crc32c.extend(checksum, _CRC.pack(self.checksum)))
+
+
+@dataclass(frozen=True)
 class Codec:
     """A lossless codec for pages; `compress=False` stores the bytes as they are, with a checksum."""
 
@@ -53,10 +79,11 @@ class Codec:
         shuffle = BloscCodec(typesize=itemsize, cname="zstd", clevel=1, shuffle="shuffle", blocksize=_BLOCK)
         return [shuffle, Crc32cCodec()]
 
-    def encode(self, page: np.ndarray[Any, Any]) -> bytes:
-        """One page, C-contiguous and little-endian, as the bytes of its chunk."""
-        payload: bytes = blosc.compress(page, b"zstd", 1, blosc.SHUFFLE, _BLOCK) if self.compress else page.tobytes()
-        return payload + _CRC.pack(crc32c(payload))
+    def encode(self, page: np.ndarray[Any, Any]) -> Chunk:
+        """One page, C-contiguous and little-endian, as a chunk; of what is stored as it is, no copy is made."""
+        flat = page.reshape(-1).view(np.uint8)
+        payload = blosc.compress(page, b"zstd", 1, blosc.SHUFFLE, _BLOCK) if self.compress else flat
+        return Chunk(payload, crc32c(payload))
 
     def read_front(
         self, file: int, offset: int, nbytes: int, out: np.ndarray[Any, Any], page_bytes: int, *, check: bool = True
@@ -79,11 +106,13 @@ class Codec:
         """
         if self.compress or nbytes != page_bytes + _CRC.size:
             return False
-        _fill(file, offset, out)
+        _fill(file, offset, out.nbytes, out.data)
         if not check:
             return True
-        _fill(file, offset + page_bytes, stored := scratch("checksum", _CRC.size))
-        return bool(_before_zeros(crc32c(out), page_bytes - out.nbytes) == _CRC.unpack(stored.data)[0])
+        stored = scratch("checksum", _CRC.size)
+        _fill(file, offset + page_bytes, _CRC.size, stored.data)
+        (expected,) = _CRC.unpack(stored.data)
+        return bool(_before_zeros(crc32c(out), page_bytes - out.nbytes) == expected)
 
     def read(self, file: int, offset: int, nbytes: int, out: np.ndarray[Any, Any], *, check: bool = True) -> None:
         """Reads the chunk at `offset` of an open file and decodes it.
@@ -103,10 +132,12 @@ class Codec:
         if not self.compress:  # The bytes on disk are the page's: they go straight to where they belong.
             if nbytes != out.nbytes + _CRC.size:
                 raise DamagedStoreError(f"chunk holds {nbytes - _CRC.size} bytes, expected {out.nbytes}")
-            _fill(file, offset, out, stored := scratch("checksum", _CRC.size))
+            stored = scratch("checksum", _CRC.size)
+            _fill(file, offset, nbytes, out.data, stored.data)
             _compare(out, stored, check)
             return
-        _fill(file, offset, chunk := scratch("chunk", nbytes))
+        chunk = scratch("chunk", nbytes)
+        _fill(file, offset, nbytes, chunk.data)
         payload = chunk[: -_CRC.size]
         _compare(payload, chunk[-_CRC.size :], check)
         _, raw, _, stored_bytes = _HEADER.unpack_from(payload.data)
@@ -119,22 +150,27 @@ class Codec:
 
 def _before_zeros(checksum: int, zeros: int) -> int:
     """The checksum of bytes of this checksum with that many zeros behind them."""
-    state, found = checksum ^ _INVERT, 0
-    for bit, image in enumerate(_through_zeros(zeros)):
-        if state >> bit & 1:
+    return _through(checksum ^ _INVERT, zeros) ^ _INVERT
+
+
+def _through(register: int, zeros: int) -> int:
+    """A CRC's register after that many zeros: a linear map, and what joins the checksums of two pieces."""
+    found = 0
+    for bit, image in enumerate(_images(zeros)):
+        if register >> bit & 1:
             found ^= image
-    return found ^ _INVERT
+    return found
 
 
 @lru_cache(1 << 12)
-def _through_zeros(count: int) -> tuple[int, ...]:
-    """What each bit of a CRC's register becomes by zeros: inverted at both ends, a CRC is a linear map of it."""
-    zeros = bytes(count)
-    return tuple(google_crc32c.extend((1 << bit) ^ _INVERT, zeros) ^ _INVERT for bit in range(32))
+def _images(zeros: int) -> tuple[int, ...]:
+    """What each bit of the register becomes; a checksum is the register inverted, at the start and at the end."""
+    behind = bytes(zeros)
+    return tuple(google_crc32c.extend((1 << bit) ^ _INVERT, behind) ^ _INVERT for bit in range(32))
 
 
-def _fill(file: int, offset: int, *buffers: np.ndarray[Any, Any]) -> None:
-    if os.preadv(file, [buffer.data for buffer in buffers], offset) < sum(buffer.nbytes for buffer in buffers):
+def _fill(file: int, offset: int, nbytes: int, *buffers: memoryview) -> None:
+    if os.preadv(file, buffers, offset) < nbytes:
         raise DamagedStoreError("the file ends within it")
 
 

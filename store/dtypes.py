@@ -59,6 +59,12 @@ class DType:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 
+    def fill_float32(self, out: np.ndarray[Any, Any], array: np.ndarray[Any, Any]) -> None:
+        """The same as `to_float32`, into memory that is there already."""
+        import torch
+
+        torch.from_numpy(out).copy_(self.to_torch(array))
+
     def to_float32(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """The on-disk array as float32 numbers (exact for all three dtypes)."""
         return np.asarray(self.to_torch(array).float().numpy())

@@ -10,14 +10,17 @@ import shutil
 import socket
 import time
 import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
 from ..errors import PartExistsError, StoreError
-from .dtypes import dtype_of
+from .codec import Chunk
+from .dtypes import DType, dtype_of
 from .extras import checked_extras
 from .files import disk_errors, file_table, fsync, fsync_tree, remove, write_protect
 from .fingerprint import digest_json
@@ -26,8 +29,16 @@ from .manifest import Manifest
 from .part import KV, ROW_ARRAYS, paged_arrays, part_name
 from .quantize import LOSSY
 from .sample import KVSample, Split
+from .scratch import scratch
 from .shard import PageWriter
 from .table import read_header
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+_T = TypeVar("_T")
+_AHEAD: Final = 16
+"""Pages that are encoded, or wait to be, while one is written."""
 
 
 class PartWriter:
@@ -36,8 +47,13 @@ class PartWriter:
     Use as a context manager: leaving it without `commit` removes what was written.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, index: int) -> None:
-        self.root, self.manifest, self.index = root, manifest, index
+    def __init__(self, root: Path, manifest: Manifest, index: int, pool: ThreadPoolExecutor | None = None) -> None:
+        """Begins part `index` of the store at `root`; its pages are encoded on the threads of `pool`, if there is one.
+
+        What is written is the same, bit for bit. `append` returns when all of a sample is written: whose memory it was
+        may use it again.
+        """
+        self.root, self.manifest, self.index, self._pool = root, manifest, index, pool
         self.samples = manifest.part_samples(index)
         self._dtype, self._quantizer = dtype_of(manifest.dtype), LOSSY.get(manifest.codec)
         self._folder = root / "parts" / f".tmp-{part_name(index)}-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -95,29 +111,29 @@ class PartWriter:
                 raise StoreError(f"sample {sample.sample_id!r}: {name} have shape {shape}, the store holds {expected}")
             arrays[name] = self._dtype.to_numpy(tensor)
         extras = checked_extras(sample, self.manifest.extras)
-        sums = {name: _layer_sums(self._dtype.to_float32(arrays[name]), sample.mask) for name in KV}
+        sums = self._sums_of(arrays, sample.mask)
         for name in KV:
             if bad := _not_finite(sums[name]):
                 self._record(position, f"non-finite {name} in layers {bad}")
                 return
         page = self.manifest.page_tokens
         if self._quantizer is not None:
+            held: dict[str, np.ndarray[Any, Any]] = {}
+            lossy = self._quantizer
+            encoded = self._map(lambda name: lossy.encode(name, arrays[name], page, self._dtype), KV)
+            for name, stored in zip(KV, encoded, strict=True):
+                held[name] = lossy.decode(name, stored, tokens, page, self._dtype)
+                del arrays[name]
+                arrays |= stored
+            sums = self._sums_of(held, sample.mask)
             for name in KV:
-                encoded = self._quantizer.encode(name, arrays.pop(name), page, self._dtype)
-                decoded = self._quantizer.decode(name, encoded, tokens, page, self._dtype)
-                sums[name] = _layer_sums(self._dtype.to_float32(decoded), sample.mask)
                 if bad := _not_finite(sums[name]):
                     self._record(position, f"{self.manifest.codec} cannot hold the {name} in layers {bad}")
                     return
-                arrays |= encoded
         with disk_errors(self.root):
             self._start[position] = self._num_pages * page
-            for name, writer in self._pages.items():
-                rows = arrays[name] if name in arrays else extras[name]
-                fill = 0 if name in arrays else self.manifest.extras[name].fill_value
-                step = writer.array.page_shape[0]
-                for first in range(0, len(rows), step):
-                    writer.write(_padded(rows[first : first + step], step, fill))
+            for writer, chunk in self._encoded(arrays | {n: a for n, a in extras.items() if n in self._pages}):
+                writer.write(chunk)
         for name, dtype in ROW_ARRAYS.items():
             self._rows[name].append(_padded(getattr(sample, name).astype(dtype), -(-tokens // page) * page))
         for name, array in self._per_sample.items():
@@ -169,7 +185,7 @@ class PartWriter:
                 "written_by": written_by,
                 "statistics": self._statistics(),
                 "coverage": coverage if self._coverage is None else self._coverage.tolist(),
-                "files": file_table(self._folder),
+                "files": file_table(self._folder, {p: f for w in self._pages.values() for p, f in w.files.items()}),
             }
             if content is not None:
                 attributes["content"] = content
@@ -221,6 +237,33 @@ class PartWriter:
     def _num_pages(self) -> int:
         """Pages written so far: the same number of every array."""
         return next(iter(self._pages.values())).num_pages
+
+    def _map(self, work: Callable[[str], _T], names: Iterable[str]) -> list[_T]:
+        return list(map(work, names) if self._pool is None else self._pool.map(work, names))
+
+    def _sums_of(
+        self, arrays: Mapping[str, np.ndarray[Any, Any]], mask: np.ndarray[Any, Any]
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        found = self._map(lambda name: _layer_sums(self._dtype, arrays[name], mask, self.manifest.page_tokens), KV)
+        return dict(zip(KV, found, strict=True))
+
+    def _encoded(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Iterator[tuple[PageWriter, Chunk]]:
+        """The pages of these arrays, encoded, in order; on a pool no more than a few at once."""
+        waiting: deque[tuple[PageWriter, Future[Chunk]]] = deque()
+        for name, writer in self._pages.items():
+            rows, step, encode = arrays[name], writer.array.page_shape[0], writer.array.codec.encode
+            fill = self.manifest.extras[name].fill_value if name in self.manifest.extras else 0
+            for first in range(0, len(rows), step):
+                page = _padded(rows[first : first + step], step, fill)
+                if self._pool is None:
+                    yield writer, encode(page)
+                    continue
+                waiting.append((writer, self._pool.submit(encode, page)))
+                if len(waiting) > _AHEAD:
+                    ready, chunk = waiting.popleft()
+                    yield ready, chunk.result()
+        for ready, chunk in waiting:
+            yield ready, chunk.result()
 
     def _statistics(self) -> dict[str, Any]:
         sums = {name: {"sum": s[0].tolist(), "sum_of_squares": s[1].tolist()} for name, s in self._sums.items()}
@@ -291,14 +334,22 @@ def _host() -> str:
     return socket.gethostname()
 
 
-def _layer_sums(array: np.ndarray[Any, Any], mask: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _layer_sums(
+    dtype: DType, array: np.ndarray[Any, Any], mask: np.ndarray[Any, Any], block: int
+) -> np.ndarray[Any, Any]:
     """`[3, l]`: sum and sum of squares over tokens with a target, and a value that is finite iff all numbers are."""
-    flat = array.reshape(*array.shape[:2], math.prod(array.shape[2:]))
+    tokens, layers, *entry = array.shape
     # The few hundred numbers of one token in float32, tokens in float64: as exact as needed, at a third of the time.
-    with np.errstate(over="ignore"):
-        rows = np.stack([flat.sum(-1), np.einsum("tlw,tlw->tl", flat, flat)])
+    rows = np.empty((2, tokens, layers), np.float32)
+    for first in range(0, tokens, block):  # So few that they stay in the processor's cache.
+        piece = array[first : first + block]
+        numbers = scratch("numbers", piece.size * 4).view(np.float32).reshape(len(piece), layers, math.prod(entry))
+        dtype.fill_float32(numbers.reshape(piece.shape), piece)
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.einsum("tlw->tl", numbers, out=rows[0, first : first + block])
+            np.einsum("tlw,tlw->tl", numbers, numbers, out=rows[1, first : first + block])
     if not np.isfinite(rows).all():
-        wide = flat.astype(np.float64)
+        wide = dtype.to_float32(array).reshape(tokens, layers, math.prod(entry)).astype(np.float64)
         rows = np.stack([wide.sum(-1), np.square(wide).sum(-1)])
     return np.concatenate([rows[:, mask].sum(1, dtype=np.float64), rows[:1].sum(1, dtype=np.float64)])
 

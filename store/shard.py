@@ -20,8 +20,8 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 
 from ..errors import DamagedStoreError
-from .codec import Codec, crc32c
-from .files import opened, reading
+from .codec import Chunk, Codec, crc32c
+from .files import reading
 from .scratch import scratch
 
 SHARD_BYTES: Final = 128 << 20
@@ -71,21 +71,23 @@ class PageWriter:
 
     array: PagedArray
     num_pages: int = 0
+    files: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    """Size and CRC-32C of the shards that are closed."""
     _file: BinaryIO | None = None
     _index: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros((0, 2), "<u8"))
     _offset: int = 0
+    _checksum: int = 0
 
-    def write(self, page: np.ndarray[Any, Any]) -> None:
-        """Encodes and writes one page of exactly `page_shape`."""
-        assert page.shape == self.array.page_shape
+    def write(self, chunk: Chunk) -> None:
+        """Writes the next page, as the array's codec encoded it."""
         slot = self.num_pages % self.array.pages_per_shard
         if slot == 0:
             self._begin(self.num_pages // self.array.pages_per_shard)
         assert self._file is not None
-        chunk = self.array.codec.encode(page)
-        self._file.write(chunk)
-        self._index[slot] = (self._offset, len(chunk))
-        self._offset += len(chunk)
+        chunk.write(self._file)
+        self._checksum = chunk.extend(self._checksum)
+        self._index[slot] = (self._offset, chunk.nbytes)
+        self._offset += chunk.nbytes
         self.num_pages += 1
         if slot == self.array.pages_per_shard - 1:
             self.close()
@@ -94,10 +96,12 @@ class PageWriter:
         """Writes the index of the open shard, if there is one."""
         if self._file is None:
             return
-        index = self._index.tobytes()
-        self._file.write(index + struct.pack("<I", crc32c(index)))
+        index = Chunk(self._index.tobytes(), crc32c(self._index))
+        index.write(self._file)
         self._file.close()
         self._file = None
+        shard = self.array.shard_path((self.num_pages - 1) // self.array.pages_per_shard)
+        self.files[shard] = (self._offset + index.nbytes, index.extend(self._checksum))
 
     def abort(self) -> None:
         """Closes the file without finishing the shard."""
@@ -111,7 +115,7 @@ class PageWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("wb")
         self._index = np.full((self.array.pages_per_shard, 2), _EMPTY, "<u8")
-        self._offset = 0
+        self._offset = self._checksum = 0
 
 
 @dataclass
@@ -126,7 +130,7 @@ class PageReader:
     check: bool = True
     """Whether to compare each chunk with its checksum."""
     _indices: dict[int, np.ndarray[Any, Any]] = field(default_factory=dict)
-    _paths: dict[int, Path] = field(default_factory=dict)
+    _paths: dict[int, str] = field(default_factory=dict)
 
     def read(self, first: int, count: int) -> np.ndarray[Any, Any]:
         """Pages `first .. first + count`, joined: `[count * page_tokens, ...]` in the on-disk dtype.
@@ -160,16 +164,20 @@ class PageReader:
             raise IndexError(f"pages {first}..{first + count} of {self.num_pages}")
         for shard, start, stop in self._runs(first, count):
             path, index = self._path(shard), self.index(shard)[start:stop].tolist()
-            try:
-                with reading(path), opened(path) as file:
+            with reading(path):
+                try:
+                    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    raise DamagedStoreError(f"{path}: the shard is missing") from None
+                try:
                     for page, (offset, nbytes) in enumerate(index, shard * self.array.pages_per_shard + start):
                         begin = (page - first) * rows
                         try:
                             self._read_page(file, offset, nbytes, out[begin : begin + rows], layers)
                         except (DamagedStoreError, RuntimeError, ValueError, struct.error) as error:
                             raise DamagedStoreError(f"{path}: chunk {page}: {error}") from error
-            except FileNotFoundError:
-                raise DamagedStoreError(f"{path}: the shard is missing") from None
+                finally:
+                    os.close(file)
 
     def _read_page(
         self, file: int, offset: int, nbytes: int, out: np.ndarray[Any, Any], layers: Sequence[int] | None
@@ -196,12 +204,12 @@ class PageReader:
         return self._indices[shard]
 
     def _read_index(self, shard: int) -> np.ndarray[Any, Any]:
-        path, slots = self._path(shard), self.array.pages_per_shard
+        path, slots = self.array.shard_path(shard), self.array.pages_per_shard
         tail = slots * 16 + 4
         try:
-            with reading(path), opened(path) as file:
-                size = os.fstat(file).st_size
-                data = os.pread(file, tail, max(0, size - tail))
+            with reading(path), path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                data = os.pread(file.fileno(), tail, max(0, size - tail))
         except FileNotFoundError:
             raise DamagedStoreError(f"{path}: the shard is missing") from None
         if len(data) < tail or struct.unpack("<I", data[-4:])[0] != crc32c(data[:-4]):
@@ -213,9 +221,9 @@ class PageReader:
             raise DamagedStoreError(f"{path}: the shard's index points outside its file")
         return used
 
-    def _path(self, shard: int) -> Path:
+    def _path(self, shard: int) -> str:
         if shard not in self._paths:
-            self._paths[shard] = self.array.shard_path(shard)
+            self._paths[shard] = str(self.array.shard_path(shard))
         return self._paths[shard]
 
     def _runs(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:

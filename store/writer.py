@@ -1,10 +1,12 @@
-"""Encoding and writing on a thread of its own, so that the next forward pass does not wait for the disk."""
+"""Encoding and writing on threads of their own, so that the next forward pass does not wait for the disk."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,6 +23,8 @@ Derive = Callable[[KVSample], tuple[KVSample, np.ndarray[Any, Any]]]
 """Makes what is written, and its coverage, of what was appended."""
 QUEUE_BYTES: Final = 512 << 20
 """Raw bytes that may wait to be written before `append` blocks."""
+ENCODERS: Final = min(8, os.cpu_count() or 1)
+"""Threads that encode."""
 
 
 @dataclass
@@ -37,6 +41,8 @@ class BackgroundWriter:
     derive: Derive | None = None
     """Turns samples into those of another store, on the writing thread; it may raise `SampleFailedError`."""
     queue_bytes: int = QUEUE_BYTES
+    encoders: int = ENCODERS
+    """Threads that encode beside the one that writes; 0 for that one alone. What is written is the same."""
     _jobs: deque[tuple[Callable[[], None], int]] = field(default_factory=deque)
     _pending: int = 0
     _closing: bool = False
@@ -44,6 +50,7 @@ class BackgroundWriter:
     _part: PartWriter | None = None
 
     def __enter__(self) -> BackgroundWriter:
+        self._pool = ThreadPoolExecutor(self.encoders, "kava-encoder") if self.encoders else None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="kava-writer", daemon=True)
         self._thread.start()
@@ -56,6 +63,8 @@ class BackgroundWriter:
         self._thread.join()
         if self._part is not None:
             self._part.abort()
+        if self._pool is not None:
+            self._pool.shutdown()
         if exc_type is None:
             self._raise()
 
@@ -63,33 +72,39 @@ class BackgroundWriter:
         """Starts a part."""
 
         def job() -> None:
-            self._part = self.store.write_part(part)
+            self._part = self.store.write_part(part, self._pool)
 
         self._put(job)
 
-    def append(self, position: int, sample: KVSample) -> None:
-        """Queues a sample of the current part; blocks while too much is waiting."""
+    def append(self, position: int, sample: KVSample, *, coverage: np.ndarray[Any, Any] | None = None) -> None:
+        """Queues a sample of the current part; blocks while too much is waiting. See `PartWriter.append`."""
         size = sum(t.numel() * t.element_size() for t in (sample.keys, sample.values) if t is not None)
-        self._put(lambda: self._append(position, sample), size)
+        self._put(lambda: self._append(position, sample, coverage), size)
 
     def fail(self, position: int, sample_id: str, split: Split, reason: str) -> None:
         """Queues the record of a failed sample."""
         self._put(lambda: self._current.fail(position, sample_id, split, reason))
 
-    def commit(self, sources: dict[str, str] | None = None, *, written_by: str = "") -> None:
+    def commit(
+        self,
+        sources: dict[str, str] | None = None,
+        *,
+        written_by: str = "",
+        coverage: list[list[int]] | None = None,
+    ) -> None:
         """Queues the commit of the current part; see `PartWriter.commit`."""
 
         def job() -> None:
-            part = self._current
-            part.commit(sources, written_by=written_by)
+            with self._current as part:  # Of a part that was there already, what was written again goes.
+                part.commit(sources, written_by=written_by, coverage=coverage)
             self._part = None
             self.on_commit(part.index)
 
         self._put(job)
 
-    def _append(self, position: int, sample: KVSample) -> None:
+    def _append(self, position: int, sample: KVSample, coverage: np.ndarray[Any, Any] | None) -> None:
         if self.derive is None:
-            self._current.append(position, sample)
+            self._current.append(position, sample, coverage=coverage)
             return
         try:
             derived, coverage = self.derive(sample)

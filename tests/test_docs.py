@@ -1,21 +1,30 @@
-"""Documents that tell the truth: pages made from the command, examples that parse, recipes and paths that exist."""
+"""Documents that tell the truth: pages made from the command, examples that parse, recipes, paths and messages that exist."""
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+import yaml
+from fixtures.documents import DOCS, PAGES, ROOT, blocks, commands
 
 from kava.pipeline.cli import app
+from kava.pipeline.recipe import load_recipe
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ROOMS = ("store", "extract", "pipeline", "train")
+GROUP: Any = typer.main.get_command(app)
+PLAIN = {"cd", "export", "git", "mkdir", "rm", "scancel", "squeue", "tail", "tensorboard"}
+"""Commands of other programs of which nothing can be wrong but what the reader sees."""
 
 
 def test_command_pages_are_up_to_date() -> None:
@@ -23,42 +32,122 @@ def test_command_pages_are_up_to_date() -> None:
     assert run.returncode == 0, run.stdout
 
 
-def _commands() -> list[str]:
-    blocks = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)]
-    lines = {line.split("#")[0].strip() for block in blocks for line in block.splitlines()}
-    return sorted(line for line in lines if line.startswith("kava "))
-
-
-@pytest.mark.parametrize("line", _commands())
-def test_every_command_in_the_documents_parses(line: str) -> None:
-    group: Any = typer.main.get_command(app)
-    name, *words = shlex.split(line)[1:]
-    context = group.commands[name].make_context(name, words)
+def _check_kava(words: list[str]) -> None:
+    name, *rest = words
+    context = GROUP.commands[name].make_context(name, rest)
     recipe = str(context.params.get("recipe") or "")
     assert not recipe.startswith("workflows/") or (ROOT / recipe).is_file()
 
 
-def test_the_documents_have_examples() -> None:
-    assert {line.split()[1] for line in _commands()} >= {
-        "init",
-        "run",
-        "extract",
-        "project",
-        "train",
-        "status",
-        "verify",
-    }
+def _check_make(words: list[str]) -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    assert words[0] in targets
+
+
+def _check_pip(words: list[str]) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for named in re.findall(r"(?:kava|\.)\[([\w,-]+)\]", " ".join(words)):
+        assert set(named.split(",")) <= set(extras)
+
+
+def _check_paths(words: list[str]) -> None:
+    paths = [word for word in words if word.startswith(("workflows/", "benchmarks/", "docs/", "tests/"))]
+    assert paths, "names no file of the repository"
+    for path in paths:
+        assert (ROOT / path).exists(), path
+
+
+CHECKS = {
+    "kava": _check_kava,
+    "make": _check_make,
+    "pip": _check_pip,
+    **dict.fromkeys(("bash", "python", "pytest", "sbatch", "snakemake"), _check_paths),
+}
+
+
+@pytest.mark.parametrize("line", sorted({line for page in PAGES for line in commands(page)}))
+def test_every_command_in_the_documents_parses(line: str) -> None:
+    program, *words = [w for w in shlex.split(line) if not re.fullmatch(r"[A-Z_]+=\S*", w) or line.startswith("make")]
+    if program not in PLAIN:
+        CHECKS[program](words)
+
+
+def test_the_documents_have_examples_of_every_command() -> None:
+    told = {line.split()[1] for page in PAGES for line in commands(page) if line.startswith("kava ")}
+    assert told == set(GROUP.commands)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_options_named_in_the_text_exist(page: Path) -> None:
+    for code in re.findall(r"`kava ([^`\n]+)`", page.read_text()):
+        name, *words = code.split()
+        if not name.isalpha() or not name.islower():  # `kava -v COMMAND`, `kava NAME`
+            continue
+        options = {option for parameter in GROUP.commands[name].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= options, code
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path) -> None:
+    made = {DOCS / "notebooks" / f"{path.stem}.md" for path in (DOCS / "notebooks").glob("*.ipynb")}
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith("http"):
-            assert (page.parent / target).exists(), target
+            path = (page.parent / target).resolve()
+            assert path.exists() or path in made, target
+            assert page.parent == ROOT or path.is_relative_to(DOCS), f"{target} is not on the site"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_examples_in_python_know_their_names(page: Path) -> None:
+    code = "\n".join(blocks(page, "python"))
+    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--quiet", "--select", "F821,F401,E9", "-"]
+    run = subprocess.run(ruff, input=code, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout
+
+
+def test_every_page_is_on_the_site() -> None:
+    def named(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            yield from named(item)
+
+    told = set(named(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    pages = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md") if path.parent.name != "cli"}
+    pages |= {f"notebooks/{path.stem}.md" for path in DOCS.rglob("*.ipynb")}
+    assert told == pages
+
+
+def _messages() -> Iterator[str]:
+    """Every text in the rooms, with `…` for what is filled in."""
+    for path in [p for room in ROOMS for p in (ROOT / room).rglob("*.py")] + list((ROOT / "src/kava").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_messages_in_troubleshooting_are_those_of_the_code() -> None:
+    rows = re.findall(r"^\| `([^`]+)` \|", (DOCS / "troubleshooting.md").read_text(), re.M)
+    known = "\n".join(_messages())
+    assert len(rows) > 40
+    assert [row for row in rows if row not in known] == []
+
+
+def test_notebooks_have_no_outputs() -> None:
+    for path in (DOCS / "notebooks").glob("*.ipynb"):
+        for cell in json.loads(path.read_text())["cells"]:
+            assert cell["cell_type"] != "code" or (cell["outputs"] == [] and cell["execution_count"] is None), path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "workflows").glob("*.yaml")), ids=lambda p: p.name)
+def test_recipes_load(path: Path) -> None:
+    load_recipe(path)
 
 
 def test_the_readmes_tree_is_the_tree() -> None:
     readme = (ROOT / "README.md").read_text()
-    for room in ("store", "extract", "pipeline", "train"):
+    for room in ROOMS:
         for path in (ROOT / room).glob("*.py"):
             assert path.name == "__init__.py" or path.name in readme, f"{room}/{path.name} is not in the README's tree"

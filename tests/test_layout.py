@@ -14,12 +14,13 @@ ROOMS = ("store", "extract", "pipeline", "train")
 
 ALLOWED = {
     "errors": set(),
+    "answers": set(),
     "store": {"errors"},
     "tap": {"errors", "store"},
     "hub": {"errors", "store", "tap"},
     "progress": {"errors"},
-    "extract": {"errors", "store", "tap", "hub"},
-    "train": {"errors", "store", "tap", "hub"},
+    "extract": {"errors", "answers", "store", "tap", "hub"},
+    "train": {"errors", "answers", "store", "tap", "hub"},
     "pipeline": {"errors", "store", "tap", "hub", "progress", "extract", "train"},
 }
 

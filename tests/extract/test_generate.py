@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -10,36 +9,9 @@ from fixtures.tokenizers import byte_level_tokenizer
 
 from kava.errors import CorpusError
 from kava.extract import Encoder, Record
-from kava.extract.generate import GenerateSettings, Question, final_number, matches, prompt_ids, question_of, row_of
+from kava.extract.generate import GenerateSettings, Question, prompt_ids, question_of, row_of
 from kava.extract.hf import HFTeacher
 from kava.store import Segment, Split
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("so 3 + 4 = 7\n#### 7", "7"),
-        ("#### 1,234.50 dollars, not 9", "1234.50"),
-        ("first #### 3 then #### $-4", None),
-        ("first #### 3 then #### -$4", "-4"),
-        ("The answer is 12.", "12"),
-        ("It costs $1,000, of which 20%", "20"),
-        ("none at all", None),
-        ("#### none", None),
-    ],
-)
-def test_the_final_number(text: str, number: str | None) -> None:
-    if number is None and "$-4" in text:
-        assert final_number(text) == Decimal(-4)
-    else:
-        assert final_number(text) == (None if number is None else Decimal(number))
-
-
-def test_numbers_match_by_value() -> None:
-    assert matches("it is 1,200.0", "#### 1200")
-    assert not matches("it is 1,200.5", "#### 1200")
-    assert not matches("no idea", "#### 1200")
-    assert not matches("12", "")
 
 
 def test_a_row_keeps_the_records_answer_or_takes_the_teachers() -> None:

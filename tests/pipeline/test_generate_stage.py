@@ -6,7 +6,7 @@ from typing import Any
 
 from fixtures.command import kava, rows, write_recipe
 
-from kava.extract.generate import final_number
+from kava.answers import final_number
 from kava.store import KVStore, Segment
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from fixtures.models import tiny_model
 from fixtures.stores import write_store
 
-from kava.errors import RecipeError, RetryLaterError, TrainingError
+from kava.errors import RecipeError, RetryLaterError, StageError, TrainingError
 from kava.hub import tokenizer_digest
 from kava.store import KVGeometry, KVStore
 from kava.tap import KVTap
@@ -160,12 +161,16 @@ def test_a_gradient_that_is_not_finite_names_its_term(train: Train) -> None:
         train("huge", alpha=1e37)
 
 
-@pytest.mark.parametrize("cut", [4, 5])
+@pytest.mark.parametrize(
+    ("cut", "changes"),
+    [(4, {}), (5, {"group_by_length": True}), (5, {"pack_tokens": 24}), (4, {"num_workers": 1, "pack_tokens": 24})],
+    ids=str,
+)
 def test_a_cut_training_ends_as_the_whole_one(
-    train: Train, tiny_models: dict[str, Path], tmp_path: Path, cut: int
+    train: Train, tiny_models: dict[str, Path], tmp_path: Path, cut: int, changes: dict[str, Any]
 ) -> None:
     """Every number of the log but for the clock's, bit for bit: with dropout, alpha from gradients, a log that spans the
-    checkpoint, and epochs whose last batch is short."""
+    checkpoint, and batches of the end of one epoch and the beginning of the next."""
     student = tmp_path / "student"
     shutil.copytree(tiny_models["student"], student)
     config = json.loads((student / "config.json").read_text())
@@ -180,6 +185,7 @@ def test_a_cut_training_ends_as_the_whole_one(
         "logging_steps": 3,
         "gradient_accumulation_steps": 2,
         "measure_steps": 1,
+        **changes,
     }
     whole = train("whole", student, **settings)
 
@@ -202,6 +208,66 @@ def test_a_cut_training_ends_as_the_whole_one(
         }
     models = [load_student(tmp_path / name)[0].state_dict() for name in ("whole", "cut")]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_the_loss_does_not_depend_on_how_a_step_is_cut(train: Train) -> None:
+    """Six training samples a step, which is all of them: in one pass, in several, or packed into rows."""
+    cuts: dict[str, dict[str, Any]] = {
+        "one": {"batch_size": 6},
+        "passes": {"batch_size": 2, "gradient_accumulation_steps": 3},
+        "uneven": {"batch_size": 3, "gradient_accumulation_steps": 2},
+        "rows": {"batch_size": 2, "pack_tokens": 34},
+        "relation": {"batch_size": 6, "loss": "relation"},
+        "relation-rows": {"batch_size": 1, "gradient_accumulation_steps": 2, "pack_tokens": 34, "loss": "relation"},
+    }
+    found = {}
+    for name, changes in cuts.items():
+        weights = {"rationale": 3.0, "prompt": 0.5}
+        lines = _steps(train(name, measure_steps=100, segment_weights=weights, ce_segments=["answer"], **changes))
+        found[name] = [{n: v for n, v in line.items() if "_share" not in n and "_spread_" not in n} for line in lines]
+    for name in ("passes", "uneven", "rows"):
+        for line, one in zip(found[name], found["one"], strict=True):
+            assert line == pytest.approx(one, rel=2e-5)
+    for line, one in zip(found["relation-rows"], found["relation"], strict=True):
+        assert line == pytest.approx(one, rel=2e-5)
+
+
+def test_only_the_sides_and_layers_with_a_weight_are_read_and_logged(train: Train) -> None:
+    lines = _steps(train("keys", value_weight=0, layers=[2, 1], logging_steps=1))
+    names = {name for name in lines[0] if name.startswith(("keys", "values"))}
+    assert names == {"keys_1", "keys_2", "keys_spread_1", "keys_spread_2"}
+    both = _steps(train("both", layers=[2, 1], logging_steps=1))
+    assert {name: lines[0][name] for name in names} == {name: both[0][name] for name in names}
+
+
+def test_other_ranks_and_batches_than_the_checkpoint_s_are_refused(train: Train, tmp_path: Path) -> None:
+    def fall(step: int, total: int) -> None:
+        if step == 3:
+            raise RuntimeError("power")
+
+    with pytest.raises(RuntimeError, match="power"):
+        train("cut", on_step=fall, save_steps=2)
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("kava-read")]
+    with pytest.raises(StageError, match=r"1 processes of 2 rows each, this one has 1 of 4: go on as it was begun"):
+        train("cut", save_steps=2, batch_size=4)
+    with pytest.raises(StageError, match="of another order of samples"):
+        train("cut", save_steps=2, group_by_length=True)
+    state = json.loads((tmp_path / "cut/checkpoints/checkpoint-2/kava.json").read_text())["feed"]
+    assert (state["epoch"], state["row"], state["ranks"]) == (0, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arguments": {"fsdp": "full_shard"}}, "train.arguments.fsdp: sharded models are not trained here"),
+        ({"arguments": {"train_sampling_strategy": "random"}}, "the order of samples is kava's own"),
+        ({"arguments": {"eval_strategy": "epoch"}}, "train.arguments.eval_strategy: epoch: .* set eval_steps"),
+        ({"pack_tokens": 24, "group_by_length": True}, "packed rows are of about equal length already"),
+    ],
+)
+def test_what_training_here_does_otherwise_is_refused(train: Train, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train("x", **changes)
 
 
 @pytest.mark.parametrize("last", [2, 4])

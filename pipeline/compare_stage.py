@@ -1,0 +1,188 @@
+"""The trainings of a comparison: one stage for each arm and seed, in a folder of its own below `compare/`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from ..errors import RecipeError, StageError
+from ..store import Split, digest_json
+from ..store.files import write_atomic
+from ..train.arms import Arm, CompareSettings, run_name
+from ..train.settings import TrainSettings
+from .places import RECORD, read_record
+from .run import Run
+from .stage import Status
+from .stages import TrainStage
+
+if TYPE_CHECKING:
+    from ..train.data import Targets
+
+SUMMARY: Final = "compare.json"
+"""Below `compare/`: what the trainings say of each other."""
+
+
+@dataclass
+class ArmStage(TrainStage):
+    """One arm trained with one seed, and its student on the held-out samples."""
+
+    arm: Arm | None = None
+    seed: int = 0
+
+    name = "compare"
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"compare {self._arm.name} seed {self.seed}"
+
+    @property
+    def output(self) -> Path:
+        """The trained student's folder."""
+        return self.run.compare_dir / run_name(self._arm.name, self.seed)
+
+    @property
+    def settings(self) -> TrainSettings:
+        """The recipe's, with what the arm overrides."""
+        base = self.run.recipe.train
+        return self._arm.settings(base, self.seed, compare_settings(self.run).steps_between(base))
+
+    def key(self) -> str:
+        """What determines it: as for any student, and what became of the targets."""
+        found = self.run.trained_key(self.settings)
+        return found if self._arm.targets == "true" else digest_json([found, self._arm.targets])
+
+    def targets(self) -> Targets:
+        """The true targets, or the control made of them."""
+        from ..train.controls import TARGETS
+
+        return TARGETS[self._arm.targets](self._true_targets())
+
+    def inspect(self) -> Status:
+        """Compares the record in the folder with the recipe."""
+        from ..train.compare import HELDOUT
+
+        status = super().inspect()
+        if status.state == "complete" and not (self.output / HELDOUT).is_file():
+            return Status("partial", "trained, not measured yet")
+        return status
+
+    def make(self, scheduler: str | None) -> str:
+        """Trains, or goes on, and measures."""
+        from ..train.compare import HELDOUT
+
+        line = super().make(scheduler) if super().inspect().state != "complete" else "trained before"
+        store = self._true_targets()
+        record = read_record(self.output) | {"arm": self._arm.name, "seed": self.seed}
+        record["train_samples"] = digest_json(store.indices(Split.TRAIN))
+        write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
+        _measure(self.output, store, self.settings).save(self.output / HELDOUT)
+        return line
+
+    @property
+    def _arm(self) -> Arm:
+        assert self.arm is not None
+        return self.arm
+
+    def _true_targets(self) -> Targets:
+        return self.run.open_target(self.run.teacher_of(self.settings))
+
+
+def compare_settings(run: Run) -> CompareSettings:
+    """The recipe's `compare` section.
+
+    Raises:
+        RecipeError: if it has none.
+    """
+    if run.recipe.compare is None:
+        raise RecipeError("the recipe has no compare section; add one, or say -s 'compare.arms=[none, kv, shuffled]'")
+    return run.recipe.compare
+
+
+def arms_of(run: Run) -> list[Arm]:
+    """The arms of a run."""
+    return compare_settings(run).resolve(run.recipe.train)
+
+
+def arm_stages(run: Run, arms: list[str] | None = None, seeds: list[int] | None = None) -> list[ArmStage]:
+    """One stage for each arm and seed; all seeds of an early one come late, so that what is finished can be compared.
+
+    Args:
+        run: with a `compare` section.
+        arms: only these, by name.
+        seeds: only these.
+
+    Raises:
+        RecipeError: if an arm or a seed is not in the section.
+    """
+    settings, known = compare_settings(run), arms_of(run)
+    for name in arms or []:
+        if name not in settings.arms:
+            raise RecipeError(f"--arm {name}: there is no such arm, only {', '.join(settings.arms)}")
+    for seed in seeds or []:
+        if seed not in settings.seeds:
+            raise RecipeError(f"--seed {seed}: it is none of compare.seeds ({', '.join(map(str, settings.seeds))})")
+    return [
+        ArmStage(run, arm=arm, seed=seed)
+        for seed in settings.seeds
+        for arm in known
+        if (not arms or arm.name in arms) and (not seeds or seed in seeds)
+    ]
+
+
+def save_summary(run: Run) -> dict[str, Any]:
+    """Compares what is finished, and writes `compare/compare.json`.
+
+    A training that is stale or not finished is not among what is compared, but among what is missing.
+
+    Raises:
+        StageError: if nothing is finished, or trainings do not compare.
+    """
+    from ..train.compare import summarise
+
+    trained = list(_finished(run))
+    if not trained:
+        raise StageError(f"{run.compare_dir}: no training of the comparison is finished; kava compare")
+    found = summarise(trained, arms_of(run), compare_settings(run))
+    store = run.open_target(run.train_teacher)
+    provenance = {
+        "student": run.student_key,
+        "corpus": run.corpus.digest,
+        "targets": store.manifest.fingerprint,
+        "versions": store.manifest.versions,
+    }
+    summary = {"train": run.recipe.train.model_dump(mode="json"), **found, "provenance": provenance}
+    write_atomic(run.compare_dir / SUMMARY, json.dumps(summary, indent=1).encode())
+    return summary
+
+
+def _finished(run: Run) -> Iterator[Any]:
+    from ..train.compare import Trained
+
+    for stage in arm_stages(run):
+        if stage.status().state == "complete":
+            assert stage.arm is not None
+            record = read_record(stage.output)
+            kept = {name: record.get(name) for name in ("key", "targets", "alpha", "steps", "train_samples")}
+            yield Trained.load(stage.arm.name, stage.seed, stage.output, kept)
+
+
+def _measure(folder: Path, store: Targets, settings: TrainSettings) -> Any:
+    """The student in a folder on the held-out samples, in float32 and on the accelerator if there is one."""
+    import torch
+
+    from ..train.heldout import evaluate_heldout
+    from ..train.student import load_student
+
+    model, tokenizer = load_student(folder, dtype="float32")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return evaluate_heldout(
+        model.to("cuda" if torch.cuda.is_available() else "cpu"),
+        store,
+        pad_token_id=pad or 0,
+        ce_segments=settings.ce_segments,
+        batch_size=settings.batch_size,
+    )

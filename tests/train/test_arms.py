@@ -1,0 +1,97 @@
+"""Arms: what each changes, what must stay equal, and what is refused in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from kava.train import TrainSettings
+from kava.train.arms import ARMS, CompareSettings
+
+BASE = TrainSettings.model_validate({"alpha": 2.0, "loss": "cosine", "max_steps": 60, "seed": 9, "name": "mine"})
+
+
+def settings(arm: Any, base: TrainSettings = BASE, seed: int = 3) -> TrainSettings:
+    """Of an arm beside a baseline."""
+    found = CompareSettings.model_validate({"arms": ["none", arm]}).resolve(base)[1]
+    return found.settings(base, seed, 5)
+
+
+@pytest.mark.parametrize(
+    ("arm", "wanted"),
+    [
+        ("kv", {"alpha": 2.0, "loss": "cosine", "key_weight": 1.0, "value_weight": 1.0}),
+        ("keys", {"alpha": 2.0, "key_weight": 1.0, "value_weight": 0.0}),
+        ("values", {"alpha": 2.0, "key_weight": 0.0, "value_weight": 1.0}),
+        ("shuffled", {"alpha": 2.0, "loss": "cosine"}),
+        ("random", {"alpha": 2.0, "loss": "cosine"}),
+        ({"mine": {"alpha": 7, "loss": "mse"}}, {"alpha": 7.0, "loss": "mse"}),
+        ({"kv": {"alpha": 9}}, {"alpha": 9.0, "loss": "cosine"}),
+    ],
+)
+def test_an_arm_is_the_recipes_training_with_something_changed(arm: Any, wanted: dict[str, Any]) -> None:
+    found = settings(arm)
+    assert {key: getattr(found, key) for key in wanted} == wanted
+    assert (found.max_steps, found.batch_size, found.seed, found.eval_steps) == (60, BASE.batch_size, 3, 5)
+    assert found.name.endswith("-3")
+
+
+def test_an_arm_without_kv_does_not_know_of_its_settings() -> None:
+    (none, _) = CompareSettings.model_validate({"arms": ["none", "kv"]}).resolve(BASE)
+    other = BASE.model_copy(update={"loss": "mse", "key_weight": 3.0})
+    assert none.settings(BASE, 0, 5) == none.settings(other, 0, 5)
+    assert not none.settings(BASE, 0, 5).with_kv
+
+
+def test_a_list_and_a_mapping_are_the_same() -> None:
+    listed = CompareSettings.model_validate({"arms": ["none", {"mine": {"alpha": 3}}, "kv"]})
+    mapped = CompareSettings.model_validate({"arms": {"none": None, "mine": {"alpha": 3}, "kv": {}}})
+    assert listed == mapped
+    assert list(listed.arms) == ["none", "mine", "kv"]
+
+
+def test_the_targets_of_an_arm() -> None:
+    arms = ["none", "kv", "shuffled", "random", {"mine": {"targets": "shuffled", "alpha": 4}}]
+    found = CompareSettings.model_validate({"arms": arms}).resolve(BASE)
+    assert [arm.targets for arm in found] == ["true", "true", "shuffled", "random", "shuffled"]
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"arms": ["none", "shufled"]}, "did you mean 'shuffled'"),
+        ({"arms": ["none", "kv"], "baseline": "shuffled"}, "is none of the arms"),
+        ({"arms": ["none", "kv"], "seeds": [1, 1]}, "a seed is there twice"),
+        ({"arms": ["none", "none"]}, "is there twice"),
+        ({"arms": ["none", 7]}, "an arm is a name"),
+        ({"arms": ["none", {"../x": {"alpha": 1}}]}, "it names files"),
+        ({"arms": ["none"]}, "at least 2"),
+    ],
+)
+def test_sections_that_are_refused(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        CompareSettings.model_validate(section)
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ({"mine": {"max_steps": 9}}, "compare.arms.mine.max_steps: is the same in all arms"),
+        ({"mine": {"ce_segments": ["answer"]}}, "is the same in all arms"),
+        ({"mine": {"alfa": 1}}, "did you mean 'alpha'"),
+        ({"mine": {"targets": "other"}}, "is none of true, shuffled"),
+    ],
+)
+def test_overrides_that_are_refused(arm: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(arm)
+
+
+@pytest.mark.parametrize("arm", [name for name, kind in ARMS.items() if kind.kv and not kind.logits])
+def test_an_arm_with_kv_needs_a_weight(arm: str) -> None:
+    plain = TrainSettings.model_validate({"alpha": 0})
+    with pytest.raises(ValueError, match=r"train\.alpha above 0"):
+        settings(arm, plain)
+    assert settings({arm: {"alpha": 1}}, plain).with_kv
