@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import EXIT_FAULT, EXIT_RETRY, KavaError, RecipeError, StageError
-from .cli_results import compare, evaluate, print_table
+from .cli_results import compare, evaluate, print_table, report
 from .cli_store import OnlyTeacher, Overrides, RecipePath, Scheduler, err, out, repair, say, transcode, verify
 from .cluster.options import OnlyFailed, Parts, Rank, WorldSize, share_of
 from .cluster.share import ALL, Share
@@ -229,6 +229,7 @@ def train(recipe: RecipePath, overrides: Overrides = None, force: Force = False)
 
 app.command()(evaluate)
 app.command()(compare)
+app.command()(report)
 
 
 @app.command()
