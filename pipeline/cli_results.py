@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RecipeError, StageError
-from .cli_store import Overrides, RecipePath, out
+from .cli_store import Overrides, RecipePath, load, out, print_table
 
 
 def compare(
@@ -31,10 +31,8 @@ def compare(
     from ..train.ranks import num_processes
     from .compare_stage import SUMMARY, arm_stages, save_summary
     from .make import run_stages
-    from .recipe import load_recipe
-    from .run import Run
 
-    loaded = Run(load_recipe(recipe, overrides or ()))
+    loaded = load(recipe, overrides)
     stages: list[Any] = list(arm_stages(loaded, arm, seed))
     if (count := num_processes()) > 1:
         raise StageError(
@@ -123,19 +121,8 @@ def report(
     ] = True,
 ) -> None:
     """Write one HTML page with everything that is known of a run: stages, curves, statistics, pictures, provenance."""
-    from .recipe import load_recipe
     from .report.run_report import write_report
-    from .run import Run
 
-    path = write_report(
-        Run(load_recipe(recipe, overrides or ())), project=projection, say=lambda line: out.print(line, markup=False)
-    )
+    loaded = load(recipe, overrides)
+    path = write_report(loaded, project=projection, say=lambda line: out.print(line, markup=False))
     out.print(str(path), markup=False)
-
-
-def print_table(table: Any) -> None:
-    """A table is cut to the terminal's width; in a file or a pipe nothing is."""
-    from rich.console import Console
-
-    console = out if out.is_terminal else Console(width=400, highlight=False)
-    console.print(table)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from ..errors import EXIT_FAULT
 from .cluster.options import Parts, Rank, WorldSize, share_of
@@ -35,6 +36,20 @@ OnlyTeacher = Annotated[str | None, typer.Option("--teacher", help="Only this te
 def say(label: str, line: str) -> None:
     """Says what became of a stage."""
     out.print(f"{label + ':':<18} {line}", markup=False)
+
+
+def load(path: Path, overrides: list[str] | None) -> Any:
+    """The run that a recipe describes."""
+    from .recipe import load_recipe
+    from .run import Run
+
+    return Run(load_recipe(path, overrides or ()))
+
+
+def print_table(table: Table) -> None:
+    """A table is cut to the terminal's width; in a file or a pipe nothing is."""
+    console = out if out.is_terminal else Console(width=400, highlight=False)
+    console.print(table)
 
 
 def verify(
@@ -87,12 +102,10 @@ def repair(
     parts: Parts = None,
 ) -> None:
     """Check the recipe's stores, and make damaged parts again, those alone."""
-    from .recipe import load_recipe
     from .repair import repair as repair_stores
-    from .run import Run
 
     repair_stores(
-        Run(load_recipe(recipe, overrides or ())),
+        load(recipe, overrides),
         only=store,
         teacher=teacher,
         failed=failed,

@@ -9,8 +9,9 @@ process after the other is as good as all at once, and none waits for one that w
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 
 from ..errors import DamagedStoreError, KavaError, StageError
 from ..store import KVStore, locked
@@ -54,7 +55,8 @@ def run_stages(
         elif stage.splits:  # Its parts are other ones.
             stage.share = replace(share, parts=None)
         if isinstance(stage, TrainStage):
-            stage.ranks = ranks or Ranks()
+            _train(stage, stage.name in force, ranks or Ranks(), say)
+            continue
         if not share.is_all:
             _supply(stage, stages[:number], scheduler, say)
         _run_stage(stage, stage.name in force, scheduler, say)
@@ -63,26 +65,23 @@ def run_stages(
 
 
 def _run_stage(stage: Stage, force: bool, scheduler: str | None, say: Say) -> None:
-    if isinstance(stage, TrainStage):
-        _train(stage, force, scheduler, say)
-        return
     status = stage.status()
     if not force and status.state == "complete":
         say(stage.label, f"up to date ({status.detail})")
         return
-    with _lock(stage, say) if stage.splits or stage.one_at_a_time else nullcontext():
+    with _lock(stage, say):
         done = _clear(stage, force, say)
-        if not done and stage.one_at_a_time:
-            say(stage.label, stage.make(scheduler))
-            return
+        if not done and not stage.splits:
+            done = stage.make(scheduler)
     say(stage.label, done or stage.make(scheduler))
 
 
-def _train(stage: TrainStage, force: bool, scheduler: str | None, say: Say) -> None:
+def _train(stage: TrainStage, force: bool, ranks: Ranks, say: Say) -> None:
     """Trains, with the other ranks: the first looks at what is there, and all do the same."""
-    found = stage.ranks.first(lambda: _clear(stage, force, say))
-    line = found or stage.make(scheduler)
-    if stage.ranks.is_first:
+    stage.ranks = ranks
+    done = ranks.first(partial(_clear, stage, force, say))
+    line = done or stage.make(None)
+    if ranks.is_first:
         say(stage.label, line)
 
 

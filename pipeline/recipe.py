@@ -215,6 +215,8 @@ class Recipe(_Section):
 
     run_dir: str
     """Where everything is written."""
+    store_dir: str | None = None
+    """Where captures are kept, so that other recipes with the same teacher and corpus have them too."""
     corpus: CorpusSettings
     samples_per_part: PositiveInt | None = None
     """Samples in one part of every store; None for about 1 GiB at most."""

@@ -6,6 +6,7 @@ to the same manifests.
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,15 @@ class Run(Places):
             chat_template_digest=tokens[1],
         )
 
+    def shared_path(self, name: str) -> Path | None:
+        """Where the capture of a teacher is kept for other runs too: a name of its own for every content and codec."""
+        if self.recipe.store_dir is None:
+            return None
+        manifest = self.teacher_manifest(name)
+        model = re.sub(r"[^A-Za-z0-9.-]+", "-", manifest.model.id.rsplit("/", 1)[-1]).lstrip(".")
+        folder = Path(self.recipe.store_dir).expanduser().resolve()
+        return folder / f"{model}-{manifest.fingerprint[:16]}-{manifest.codec}.zarr"
+
     def parent_manifest(self, name: str) -> Manifest:
         """What is projected: the capture on disk, or the one that the recipe would make.
 
@@ -358,7 +368,7 @@ class Run(Places):
         """
         settings = settings or self.recipe.train
         how = {"name", "teacher", "logging_steps", "eval_steps", "save_steps", "num_workers"}
-        how |= {"measure_steps", "collapse_threshold", "report_to"}
+        how |= {"measure_steps", "collapse_threshold", "report_to", "reader_threads", "prefetch_steps"}
         stated = settings.model_dump(mode="json", exclude_defaults=True, exclude=how)
         targets = self.open_target(self.teacher_of(settings))
         content = [targets.manifest.fingerprint, targets.content]

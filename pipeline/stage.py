@@ -21,6 +21,12 @@ class Status:
 
     state: State
     detail: str = ""
+    """For people: how far it is, or why it is stale."""
+    parts_done: int | None = None
+    parts_total: int | None = None
+    parts_outdated: int | None = None
+    """Of those that are done, how many are to be made again."""
+    failed_samples: int | None = None
 
 
 @dataclass
@@ -38,11 +44,6 @@ class Stage(ABC):
     def splits(self) -> bool:
         """Whether several processes may make it together."""
         return False
-
-    @property
-    def one_at_a_time(self) -> bool:
-        """Whether a process waits for another that is making it. A training is made by several that talk."""
-        return not self.splits
 
     @property
     def costly(self) -> bool:

@@ -21,13 +21,14 @@ from ..store import Split
 from ..store.files import write_atomic
 from ..train.ranks import Ranks
 from ..train.settings import TrainSettings
+from .capture_stages import ExtractStage, ReferenceStage
 from .fuse.stage import fuse_stage
 from .generate_stage import GenerateStage
 from .places import RECORD, read_record
 from .run import Run
 from .select.stage import SelectStage
 from .stage import Stage, Status
-from .store_stages import ExtractStage, ProjectStage, ReferenceStage, ResampleStage
+from .store_stages import ProjectStage, ResampleStage
 
 if TYPE_CHECKING:
     from ..train.data import Targets
@@ -65,11 +66,6 @@ class TrainStage(Stage):
     name = "train"
     ranks = Ranks()
     """The processes that train together."""
-
-    @property
-    def one_at_a_time(self) -> bool:
-        """No."""
-        return False
 
     @property
     def costly(self) -> bool:

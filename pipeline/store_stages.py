@@ -18,12 +18,11 @@ from .cluster.share import format_parts
 from .direct import capture_targets
 from .maps.project import fit_projector
 from .maps.projector import Projector
-from .misfits import refuse_misfits
 from .parallel import run_parts
 from .run import Run
-from .stage import Stage, Status
+from .stage import Stage, State, Status
 from .teachers import open_teacher
-from .transform import Transform, Unclaimed, calibration_pairs, student_encoder
+from .transform import Transform, Unclaimed, calibration_pairs
 
 
 @dataclass
@@ -55,12 +54,16 @@ class StoreStage(Stage):
         parts = self.wanted(wanted)
         missing, total = set(parts) & set(store.missing_parts()), len(parts)
         outdated = self.outdated(store)
+        state: State
         if missing or outdated:
             rewritten = f", {len(outdated)} to be made again" if outdated else ""
-            return Status("partial", f"{total - len(missing)} of {total} parts{rewritten}")
+            state, detail = "partial", f"{total - len(missing)} of {total} parts{rewritten}"
+        else:
+            kept = f" kept of {wanted.num_parts}" if total < wanted.num_parts else ""
+            state, detail = "complete", f"{total} parts{kept}"
         failed = len(store.failed)
-        kept = f" kept of {wanted.num_parts}" if total < wanted.num_parts else ""
-        return Status("complete", f"{total} parts{kept}" + (f", {failed} failed samples" if failed else ""))
+        detail += f", {failed} failed samples" if failed else ""
+        return Status(state, detail, total - len(missing), total, len(outdated), failed)
 
     def wanted(self, manifest: Manifest) -> list[int]:
         """The parts that this stage makes."""
@@ -119,72 +122,6 @@ class StoreStage(Stage):
         return ""
 
 
-class ExtractStage(StoreStage):
-    """The capture of one teacher."""
-
-    name = "extract"
-
-    @property
-    def costly(self) -> bool:
-        """Yes."""
-        return True
-
-    @property
-    def output(self) -> Path:
-        """The teacher store."""
-        return self.run.teacher_path(self._teacher)
-
-    def manifest(self) -> Manifest:
-        """From the recipe."""
-        return self.run.teacher_manifest(self._teacher)
-
-    def wanted(self, manifest: Manifest) -> list[int]:
-        """All parts, or with `extract.keep: target` those of the calibration."""
-        if self.run.recipe.extract.keep == "target":
-            return self.run.calibration_parts
-        return super().wanted(manifest)
-
-    def make(self, scheduler: str | None) -> str:
-        """Runs the teacher over the parts that are missing."""
-        refuse_misfits(self.run, self._teacher)
-        store = KVStore.create(self.output, self.manifest())
-        if self.missing(store):
-            with open_teacher(self.run, self._teacher) as teacher:
-                _capture(self, store, self.run.corpus, self.run.teacher_encoder(self._teacher), teacher)
-        return _describe(self, store)
-
-
-class ReferenceStage(StoreStage):
-    """The student's own keys and values before training, captured like a teacher's."""
-
-    name = "reference"
-
-    @property
-    def splits(self) -> bool:
-        """No: it is small, and what maps are fitted to must be whole."""
-        return False
-
-    @property
-    def output(self) -> Path:
-        """The reference store."""
-        return self.run.reference_path
-
-    def manifest(self) -> Manifest:
-        """From the recipe and the student."""
-        return self.run.reference_manifest
-
-    def make(self, scheduler: str | None) -> str:
-        """Runs the untrained student over the calibration samples."""
-        from ..extract.hf import HFTeacher
-
-        store = KVStore.create(self.output, self.manifest())
-        student = HFTeacher.load(
-            self.run.student_source, dtype="float32", batch_tokens=self.run.recipe.extract.batch_tokens
-        )
-        _capture(self, store, self.run.calibration, _student_encoder(self.run), student)
-        return _describe(self, store)
-
-
 class TransformStage(StoreStage):
     """A store made from a teacher's, part by part."""
 
@@ -199,7 +136,7 @@ class TransformStage(StoreStage):
         with progress(self.label, len(ready), "parts") as advance:
             work = Unclaimed(transform, str(store.path.resolve()), store.manifest.fingerprint)
             run_parts(work, ready, scheduler=scheduler, on_part=lambda part: advance(1))
-        return _describe(self, store)
+        return describe(self, store)
 
     def inputs(self) -> dict[Path, list[int]]:
         """The parent's parts."""
@@ -308,8 +245,8 @@ class ProjectStage(TransformStage):
             raise StageError(f"{parent.path} was captured from another teacher or corpus than the recipe's now")
         transform = self.prepare(parent)
         with open_teacher(run, self._teacher) as teacher:
-            _capture(self, store, run.corpus, run.teacher_encoder(self._teacher), teacher, transform=transform)
-        return _describe(self, store)
+            capture(self, store, run.corpus, run.teacher_encoder(self._teacher), teacher, transform=transform)
+        return describe(self, store)
 
     def prepare(self, parent: KVStore) -> Transform:
         """With the projector, which is saved if it is a new one."""
@@ -379,7 +316,7 @@ class ProjectStage(TransformStage):
         return True
 
 
-def _capture(
+def capture(
     stage: StoreStage,
     store: KVStore,
     corpus: Corpus,
@@ -388,6 +325,11 @@ def _capture(
     *,
     transform: Transform | None = None,
 ) -> None:
+    """Runs a teacher over this process's missing parts, and writes what it gives, or targets made of that.
+
+    Raises:
+        KavaError: if the loaded model is not what its config promised.
+    """
     if transform is None and teacher.geometry != store.geometry:
         raise KavaError(f"{stage.label}: the loaded model has {teacher.geometry}, its config promised {store.geometry}")
     parts, settings = stage.missing(store), stage.run.recipe.extract
@@ -399,10 +341,6 @@ def _capture(
             capture_store(store, corpus, encoder, teacher, settings, parts=parts, on_text=advance)
         else:
             capture_targets(transform, store, corpus, encoder, teacher, settings, parts=parts, on_text=advance)
-
-
-def _student_encoder(run: Run) -> Encoder:
-    return student_encoder(str(run.student_dir.resolve()), run.recipe.student.chat_template)
 
 
 def _transform(run: Run, parent: KVStore, out: Path, fingerprint: str, resampler: str | None) -> Transform:
@@ -419,7 +357,8 @@ def _transform(run: Run, parent: KVStore, out: Path, fingerprint: str, resampler
     )
 
 
-def _describe(stage: StoreStage, store: KVStore) -> str:
+def describe(stage: StoreStage, store: KVStore) -> str:
+    """What there is of a stage's store by now, for people."""
     failed, missing = len(store.failed), set(stage.wanted(store.manifest)) & set(store.missing_parts())
     size = store.size_on_disk() / 1e6
     note = f", {failed} failed samples" if failed else ""

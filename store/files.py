@@ -42,7 +42,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path | str) -> Iterator[None]:
     """Turns an `OSError` while reading `path` into an error that says what it means; a missing file stays one.
 
     Raises:
@@ -62,16 +62,6 @@ def reading(path: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM):
             raise StoreError(f"{path}: cannot be read: {reason}; mend its rights") from error
         raise DamagedStoreError(f"{path}: cannot be read: {reason}") from error
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[int]:
-    """The descriptor of a file that is only read: Python's own file objects cost ten times as much to make."""
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        yield file
-    finally:
-        os.close(file)
 
 
 def write_protect(root: Path) -> None:
@@ -123,6 +113,26 @@ def write_atomic(path: Path, data: bytes) -> None:
         finally:
             temporary.unlink(missing_ok=True)
         fsync(path.parent)
+
+
+def size_of(root: Path) -> int:
+    """Bytes of all files below `root` that are not hidden, and in no hidden folder."""
+    total = 0
+    for folder, inside, files in os.walk(root):
+        inside[:] = [name for name in inside if not name.startswith(".")]
+        for name in files:
+            with suppress(FileNotFoundError):  # Another process may put another in its place.
+                total += (Path(folder) / name).stat().st_size
+    return total
+
+
+def link(path: Path, target: Path) -> None:
+    """Makes `path` a symbolic link to `target`, in the place of another link."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+        temporary.symlink_to(target)
+        temporary.replace(path)
 
 
 def file_table(folder: Path, known: Mapping[Path, tuple[int, int]]) -> dict[str, tuple[int, int]]:

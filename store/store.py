@@ -7,7 +7,6 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -15,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ..errors import ManifestMismatchError, StoreError, StoreNotFoundError
+from .blocks import dask_array
 from .dtypes import DType, dtype_of
-from .files import disk_errors, reading, remove, write_atomic
+from .files import disk_errors, reading, remove, size_of, write_atomic
 from .fingerprint import digest_json
 from .geometry import KVGeometry
 from .lock import Lock
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     from .verify import Damage
 
-_BLOCK_BYTES: Final = 64 << 20
 _OPEN_PARTS: Final = 64
 _ASIDE: Final = ".aside-"
 _CLAIM: Final = ".claim-"
@@ -238,12 +237,12 @@ class KVStore(Sequence[KVSample]):
     @property
     def keys(self) -> da.Array:
         """`[all tokens, l, h, d]`: the pre-RoPE keys of every written sample, in sample order, without padding."""
-        return self._dask("keys")
+        return dask_array(self, "keys")
 
     @property
     def values(self) -> da.Array:
         """`[all tokens, l, h, d]`: the values of every written sample, in sample order, without padding."""
-        return self._dask("values")
+        return dask_array(self, "values")
 
     def part(self, index: int) -> PartReader:
         """The reader of a part; a bounded number of them is kept open."""
@@ -396,13 +395,7 @@ class KVStore(Sequence[KVSample]):
 
     def size_on_disk(self) -> int:
         """Bytes of all files, but for what is being written or removed just now."""
-        total = 0
-        for folder, inside, files in os.walk(self.path):
-            inside[:] = [name for name in inside if not name.startswith(".")]
-            for name in files:
-                with suppress(FileNotFoundError):  # Another process may put a part in its place.
-                    total += (Path(folder) / name).stat().st_size
-        return total
+        return size_of(self.path)
 
     def _there(self) -> Iterator[PartReader]:
         """The readers of all parts; one that another process takes out meanwhile is left out."""
@@ -412,47 +405,3 @@ class KVStore(Sequence[KVSample]):
             except StoreNotFoundError:
                 continue
             yield part
-
-    def _dask(self, name: str) -> da.Array:
-        """One block per run of samples of about 64 MiB; bfloat16 is handed out as float32, which is exact."""
-        import dask
-        import dask.array as da
-
-        dtype = np.dtype(np.float32 if self.manifest.dtype == "bfloat16" else self.dtype.numpy)
-        shape = self.geometry.shape
-        row_bytes = self.geometry.bytes_per_token(dtype.itemsize) // 2
-        load = dask.delayed(_read_block, pure=True)
-        blocks = []
-        for number in self.committed_parts():
-            part = self.part(number)
-            for run in _runs(part.lengths.tolist(), max(1, _BLOCK_BYTES // row_bytes)):
-                tokens = int(part.lengths[run.start : run.stop].sum())
-                block = load(str(self.path), self.check, number, run.start, run.stop, name, part.digest)
-                blocks.append(da.from_delayed(block, (tokens, *shape), dtype))
-        if not blocks:
-            return da.zeros((0, *shape), dtype=dtype)
-        return da.concatenate(blocks)
-
-
-def _runs(lengths: list[int], limit: int) -> Iterator[range]:
-    """Consecutive samples whose tokens together stay at or under `limit`, at least one sample a run."""
-    first = total = 0
-    for position, length in enumerate(lengths):
-        if total and total + length > limit:
-            yield range(first, position)
-            first, total = position, 0
-        total += length
-    if total:
-        yield range(first, len(lengths))
-
-
-def _read_block(
-    path: str, check: bool, number: int, first: int, stop: int, name: str, digest: str
-) -> np.ndarray[Any, Any]:
-    store = KVStore.open(path, check=check)
-    part = store.part(number)
-    if part.digest != digest:
-        raise StoreError(f"{path}: part {number} was rewritten since this dask array was made; make it again")
-    arrays = [part.read(name, position) for position in range(first, stop) if part.lengths[position]]
-    joined = np.concatenate(arrays)
-    return store.dtype.to_float32(joined) if store.manifest.dtype == "bfloat16" else joined

@@ -95,8 +95,8 @@ class BackgroundWriter:
         """Queues the commit of the current part; see `PartWriter.commit`."""
 
         def job() -> None:
-            part = self._current
-            part.commit(sources, written_by=written_by, coverage=coverage)
+            with self._current as part:  # Of a part that was there already, what was written again goes.
+                part.commit(sources, written_by=written_by, coverage=coverage)
             self._part = None
             self.on_commit(part.index)
 

@@ -8,30 +8,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal asked this process to stop. Like Ctrl-C, nothing on the way takes it for an error of its own."""
+class Stopped(BaseException):
+    """A signal asked this process to stop. No `Exception`: nothing on the way takes it for an error of its own."""
 
 
 @contextmanager
 def stopping_on_signals() -> Iterator[None]:
-    """Raises `Stopped` in the main thread at the first SIGTERM or SIGUSR1; later ones are ignored while it cleans up.
+    """Raises `Stopped` in the main thread at the first of `STOP_SIGNALS`; those of a batch system may then come again.
 
-    The part that is being captured is dropped then; parts that are transformed on threads are finished.
+    The part that is being captured is dropped then; parts that are transformed on threads are finished. A second Ctrl-C
+    does not wait for that. A signal that was ignored before, as by nohup, stays so.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: Any) -> None:
-        for other in STOP_SIGNALS:
+        for other in STOP_SIGNALS[:2]:
             signal.signal(other, signal.SIG_IGN)
-        name = signal.Signals(number).name
-        raise Stopped(f"stopped by {name}; finished parts are kept, the same command goes on")
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        why = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+        raise Stopped(f"{why}; finished parts are kept, the same command goes on")
 
-    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, stop)
     try:
         yield
     finally:

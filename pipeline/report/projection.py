@@ -18,6 +18,7 @@ from ...errors import StoreNotFoundError, UnsupportedModelError
 from ...hub import load_model
 from ...store import KVStore
 from ...store.files import write_atomic
+from ..capture_stages import ReferenceStage
 from ..maps.diagnostics import in_own_scale, measure, naive_projector
 from ..maps.layers import LayerMap
 from ..maps.moments import NAMES, Calibration, Wanted, is_held_out
@@ -25,7 +26,7 @@ from ..maps.projector import Projector
 from ..run import Run
 from ..stage import Stage
 from ..stages import stages_of
-from ..store_stages import ProjectStage, ReferenceStage
+from ..store_stages import ProjectStage
 from ..transform import CalibrationSample, calibration_pairs, calibration_samples
 
 if TYPE_CHECKING:

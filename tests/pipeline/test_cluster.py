@@ -110,7 +110,7 @@ def test_parts_of_the_command_line() -> None:
         Share(parts=frozenset({3, 5})).check(5, "x")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
 def test_one_signal_stops_and_later_ones_wait(number: signal.Signals) -> None:
     before = signal.getsignal(number)
 

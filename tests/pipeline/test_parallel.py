@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,7 @@ from fixtures.tasks import dies, fails
 
 from kava.errors import KavaError, RecipeError, RetryLaterError
 from kava.pipeline import load_recipe
-from kava.pipeline.parallel import run_parts
+from kava.pipeline.parallel import ahead, run_parts
 from kava.pipeline.run import Run
 from kava.pipeline.store_stages import ProjectStage
 from kava.store import KVStore
@@ -105,3 +106,26 @@ def test_schedulers_that_are_none() -> None:
     for wrong in ("processes:none", "processes:0", "nonsense"):
         with pytest.raises(RecipeError, match="--scheduler"):
             run_parts(fails, [0], scheduler=wrong, on_part=lambda part: None)
+
+
+def test_one_is_made_ahead_in_order() -> None:
+    made: list[int] = []
+    begun = threading.Event()
+
+    def work(item: int) -> int:
+        made.append(item)
+        if item == 1:
+            begun.set()
+        if item == 3:
+            raise KavaError("item 3 is broken")
+        return 10 * item
+
+    with closing(ahead(work, range(9))) as results:
+        assert next(results) == 0
+        assert begun.wait(30)
+        assert [next(results), next(results)] == [10, 20]
+        with pytest.raises(KavaError, match="item 3 is broken"):
+            next(results)
+    assert 5 not in made
+    assert list(ahead(str, [])) == []
+    assert list(ahead(str, [4])) == ["4"]

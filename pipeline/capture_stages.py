@@ -1,0 +1,110 @@
+"""The stages that run a model over the corpus: a teacher's capture, and the untrained student's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import StageError
+from ..extract import Encoder
+from ..store import KVStore, Manifest
+from ..store.files import link
+from .misfits import refuse_misfits
+from .run import Run
+from .stage import Status
+from .store_stages import StoreStage, capture, describe
+from .teachers import open_teacher
+from .transform import student_encoder
+
+
+class ExtractStage(StoreStage):
+    """The capture of one teacher."""
+
+    name = "extract"
+
+    @property
+    def costly(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def output(self) -> Path:
+        """The teacher store."""
+        return self.run.teacher_path(self._teacher)
+
+    def manifest(self) -> Manifest:
+        """From the recipe."""
+        return self.run.teacher_manifest(self._teacher)
+
+    def wanted(self, manifest: Manifest) -> list[int]:
+        """All parts, or with `extract.keep: target` those of the calibration."""
+        if self.run.recipe.extract.keep == "target":
+            return self.run.calibration_parts
+        return super().wanted(manifest)
+
+    def inspect(self) -> Status:
+        """A capture that other runs share is in its place when there is a link to it."""
+        found, shared = super().inspect(), self.run.shared_path(self._teacher)
+        if found.state == "missing" and shared is not None and (shared / "zarr.json").exists():
+            return Status("partial", f"another run has begun {shared}, there is no link to it yet")
+        return found
+
+    def discard(self) -> None:
+        """Removes the capture, or the link to one that other runs share.
+
+        Raises:
+            StageError: if it is the shared one that the recipe asks for.
+        """
+        if self.output.is_symlink() and self.output.resolve() == self.run.shared_path(self._teacher):
+            raise StageError(
+                f"{self.label}: {self.output.resolve()} is shared with other runs and is what this recipe asks for; "
+                "name the parts to capture again (--force --parts 0-7), or remove it"
+            )
+        super().discard()
+
+    def make(self, scheduler: str | None) -> str:
+        """Runs the teacher over the parts that are missing."""
+        refuse_misfits(self.run, self._teacher)
+        shared = self.run.shared_path(self._teacher)
+        if shared is not None and not self.output.is_dir():
+            KVStore.create(shared, self.manifest())  # Before the link: one that leads nowhere is no store.
+            link(self.output, shared)
+        store = KVStore.create(self.output, self.manifest())
+        if self.missing(store):
+            with open_teacher(self.run, self._teacher) as teacher:
+                capture(self, store, self.run.corpus, self.run.teacher_encoder(self._teacher), teacher)
+        return describe(self, store)
+
+
+class ReferenceStage(StoreStage):
+    """The student's own keys and values before training, captured like a teacher's."""
+
+    name = "reference"
+
+    @property
+    def splits(self) -> bool:
+        """No: it is small, and what maps are fitted to must be whole."""
+        return False
+
+    @property
+    def output(self) -> Path:
+        """The reference store."""
+        return self.run.reference_path
+
+    def manifest(self) -> Manifest:
+        """From the recipe and the student."""
+        return self.run.reference_manifest
+
+    def make(self, scheduler: str | None) -> str:
+        """Runs the untrained student over the calibration samples."""
+        from ..extract.hf import HFTeacher
+
+        store = KVStore.create(self.output, self.manifest())
+        student = HFTeacher.load(
+            self.run.student_source, dtype="float32", batch_tokens=self.run.recipe.extract.batch_tokens
+        )
+        capture(self, store, self.run.calibration, _student_encoder(self.run), student)
+        return describe(self, store)
+
+
+def _student_encoder(run: Run) -> Encoder:
+    return student_encoder(str(run.student_dir.resolve()), run.recipe.student.chat_template)
