@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import EXIT_FAULT, EXIT_RETRY, KavaError, RecipeError, StageError
-from .cli_results import compare
+from .cli_results import compare, evaluate, report
 from .cli_status import plan, status
 from .cli_store import (
     OnlyTeacher,
@@ -239,7 +239,9 @@ def train(recipe: RecipePath, overrides: Overrides = None, force: Force = False)
     _run(load(recipe, overrides), ["train"], frozenset({"train"} if force else ()), None)
 
 
+app.command()(evaluate)
 app.command()(compare)
+app.command()(report)
 
 
 @app.command()

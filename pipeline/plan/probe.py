@@ -90,7 +90,9 @@ def run_probe(run: Run, corpus: Corpus, counts: Counts, names: list[str], folder
             stage = ReferenceStage(small)
             began = time.perf_counter()
             stage.make(None)
-            found.reference_per_token = (time.perf_counter() - began) / KVStore.open(stage.output).num_tokens
+            seconds, store = time.perf_counter() - began, KVStore.open(stage.output)
+            found.reference_per_token = seconds / max(store.num_tokens, 1)
+            found.bytes_per_token[stage.label, "float32", store.manifest.codec] = paged_bytes(store)
         for name in names:
             _probe_derived(small, name, found)
         _probe_training(small, names, found)

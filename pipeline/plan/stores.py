@@ -15,6 +15,7 @@ from ...store import ExtraArray, KVGeometry, Manifest, ModelIdentity, Split, def
 from ...store.dtypes import dtype_of
 from ..parts import BYTES_PER_TOKEN, draw_calibration
 from ..parts import samples_per_part as parts_of
+from ..places import read_record
 from ..run import Run
 from ..transform import inherited_extras
 from .sizes import StoreSize, store_size
@@ -69,7 +70,7 @@ class Counts:
         from ...train.student import student_tokenizer
 
         settings = self.run.recipe.student
-        if self.run.student_dir.is_dir():
+        if read_record(self.run.student_dir).get("key") == self.run.student_key:
             tokenizer = load_tokenizer(self.run.student_source)
         else:
             texts = [self.corpus.records[i].text for i in self.corpus.split(Split.TRAIN)]
