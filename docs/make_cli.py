@@ -43,10 +43,25 @@ EXAMPLES = {
         "kava fuse workflows/two-teachers.yaml -s fuse.materialize=false",
     ],
     "train": ["kava train workflows/demo.yaml -s train.name=plain -s train.alpha=0"],
+    "evaluate": [
+        "kava evaluate workflows/demo.yaml",
+        "kava evaluate runs/demo/students/kv --limit 100 --max-new-tokens 200",
+        "kava evaluate some/model --recipe workflows/demo.yaml --no-generate --json",
+        "kava evaluate workflows/qwen2-7b-tinyllama.yaml --tasks gsm8k,arc_easy --dtype bfloat16",
+    ],
     "compare": [
         "kava compare workflows/gsm8k-compare.yaml",
         "kava compare workflows/gsm8k-compare.yaml --arm kv --seed 1",
         "kava compare workflows/gsm8k-compare.yaml --no-train --json",
+    ],
+    "report": [
+        "kava report workflows/gsm8k-compare.yaml",
+        "kava report workflows/demo.yaml --no-projection",
+    ],
+    "plan": [
+        "kava plan workflows/demo.yaml",
+        "kava plan workflows/demo.yaml --probe",
+        "kava plan workflows/demo.yaml --sample 500 --json -s extract.codec=int8",
     ],
     "status": [
         "kava status workflows/demo.yaml",
@@ -82,13 +97,27 @@ NOTES = {
     "select": "Reads the teacher stores; with `select.geometry: student` the student and its projector are made first.",
     "fuse": "The targets must be complete. With `fuse.materialize: false` no store is written: they are read through\n"
     "once, for their statistics, and training fuses while it reads.",
+    "plan": "Nothing of the run is made. Exit code 2 if it cannot fit. [What it is worked out from](../plan.md).",
     "status": "[The keys of `--json`](../cluster.md#kava-status).",
-    "train": "Goes on at its last checkpoint where `train.save_steps` is set. The targets must be complete.",
+    "train": "Goes on at its last checkpoint where `train.save_steps` is set. The targets must be complete. On\n"
+    "several devices: `torchrun --nproc-per-node 4 -m kava train RECIPE`.",
+    "evaluate": "Writes `evaluate.json` and `answers.jsonl` to the student's folder. Cross-entropy is over the tokens\n"
+    "of `train.ce_segments`, and per byte of text, which compares across tokenizers: a folder with any model goes,\n"
+    "with `--recipe`. KV error is the squared error of keys and values over the variance of the targets, by layer; it\n"
+    "needs the targets' tokenizer. Answers are greedy, from the prompt as it was trained on; the number after the\n"
+    "first `####`, else the last one, is compared by value with that of the sample's answer (`1,234`, `$5.00`, `3/4`\n"
+    "and negatives are read), with Wilson's 95 %. `--tasks` are lm-eval's, which finds or downloads their data by\n"
+    "itself.",
     "compare": "Each arm and seed is a training in a folder of its own below `run_dir/compare`: what is finished is\n"
     "kept, what was cut off goes on, and a training whose recipe or targets changed is refused without `--force`,\n"
     "which makes the chosen ones again. `--arm` and `--seed` make one call one job of an array; a last `--no-train`\n"
     "compares them all. The targets must be complete. [The recipe](../recipe.md#compare) has the arms, and what is\n"
     "computed.",
+    "report": "Writes `run_dir/report.html`: each stage with its size and time, held-out curves with 95 %, the\n"
+    "tables of `kava compare`, KV error by layer as heat maps, layer map and projection (see `kava project\n"
+    "--report`), fingerprints, versions and the recipe. The page holds its pictures and asks for no other file and\n"
+    "no network; it can be sent, printed, and read on a phone. What is not there yet is left out, with the command\n"
+    "that makes it.",
     "inspect": "Finds the run's recipe beside the store to show tokens and text.",
     "verify": "Names part, array, chunk and sample. Exit code 1 if anything is damaged.",
     "repair": "Verifies every store of the recipe that is there. Damaged parts are set aside and made again:\n"

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import EXIT_FAULT, EXIT_RETRY, KavaError, RecipeError, StageError
-from .cli_results import compare
-from .cli_status import status
+from .cli_results import compare, evaluate, report
+from .cli_status import plan, status
 from .cli_store import (
     OnlyTeacher,
     Overrides,
@@ -90,9 +90,10 @@ def run(
         if name not in chosen:
             raise RecipeError(f"--force {name}: that stage is not among those to run ({', '.join(chosen)})")
     if dry_run:
-        from .commands.plan import print_plan
+        from .commands.plan import QUICK, print_plan
+        from .plan import make_plan
 
-        print_plan(loaded, chosen, out)
+        print_plan(make_plan(loaded, sample=QUICK), chosen, out)
         return
     share = share_of(rank, world_size, parts)
     if not share.is_all and chosen[-1] == "train":
@@ -238,7 +239,9 @@ def train(recipe: RecipePath, overrides: Overrides = None, force: Force = False)
     _run(load(recipe, overrides), ["train"], frozenset({"train"} if force else ()), None)
 
 
+app.command()(evaluate)
 app.command()(compare)
+app.command()(report)
 
 
 @app.command()
@@ -259,6 +262,7 @@ def inspect(
     inspect_store(store, out, sample=sample, align=align, recipe=recipe, as_json=as_json)
 
 
+app.command()(plan)
 app.command()(status)
 app.command()(verify)
 app.command()(repair)

@@ -1,13 +1,14 @@
-"""The commands on trained students: comparing arms."""
+"""The commands on trained students: evaluating one, comparing arms, a report of all."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import RecipeError
+from ..errors import RecipeError, StageError
 from .cli_store import Overrides, RecipePath, load, out, print_table
 
 
@@ -27,11 +28,17 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary for programs.")] = False,
 ) -> None:
     """Train arms and seeds of one recipe at equal steps and batches, and compare them on held-out samples."""
+    from ..train.ranks import num_processes
     from .compare_stage import SUMMARY, arm_stages, save_summary
     from .make import run_stages
 
     loaded = load(recipe, overrides)
     stages: list[Any] = list(arm_stages(loaded, arm, seed))
+    if (count := num_processes()) > 1:
+        raise StageError(
+            f"torchrun is for kava train: each training of a comparison would run {count} times; give every device "
+            "one of its own, with --arm and --seed"
+        )
     if force and no_train:
         raise RecipeError("--force goes without --no-train")
 
@@ -45,12 +52,77 @@ def compare(
     if as_json:
         out.print_json(json.dumps(summary))
         return
-    from .commands.compare import arms_table, compared_with, differences_table
+    from .commands.compare import arm_rows, as_table, compared_with, difference_rows
 
-    for table in (arms_table(summary), differences_table(summary, compared_with(summary))):
+    for rows in (arm_rows(summary), difference_rows(summary, compared_with(summary))):
         out.print()
-        print_table(table)
+        print_table(as_table(rows))
     if summary["missing"]:
         names = ", ".join(f"{name} seed {number}" for name, number in summary["missing"])
         out.print(f"\nnot finished yet: {names}", markup=False)
     out.print(f"\n{loaded.compare_dir / SUMMARY}", markup=False)
+
+
+def evaluate(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RECIPE|STUDENT",
+            help="A recipe, for its trained student, or a folder of weights.",
+            show_default=False,
+        ),
+    ],
+    overrides: Overrides = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="The run's recipe; for a folder, the one that training left there if not given.")
+    ] = None,
+    generate: Annotated[
+        bool, typer.Option("--generate/--no-generate", help="Let the student answer, and compare numbers.")
+    ] = True,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Answer at most N questions.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Of each answer.")] = 256,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Samples, or prompts, at a time.")] = 16,
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16.")] = "float32",
+    tasks: Annotated[
+        str | None, typer.Option(metavar="TASK,...", help="Tasks of lm-eval as well (the extra eval).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Measure a trained student: held-out cross-entropy, KV error, exact match on numeric answers, lm-eval tasks."""
+    from .commands.evaluate import RESULT, Student, evaluate_student, result_table
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise RecipeError(f"--dtype {dtype}: use float32, bfloat16 or float16")
+    student = Student.find(path, recipe, overrides or ())
+    found = evaluate_student(
+        student,
+        dtype=dtype,
+        batch_size=batch_size,
+        generate=generate,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        tasks=[name for name in (tasks or "").split(",") if name],
+    )
+    if as_json:
+        out.print_json(json.dumps(found))
+        return
+    print_table(result_table(found))
+    out.print(f"\n{student.folder / RESULT}", markup=False)
+
+
+def report(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    projection: Annotated[
+        bool,
+        typer.Option(
+            "--projection/--no-projection", help="Measure the projection where it is not yet, which takes a while."
+        ),
+    ] = True,
+) -> None:
+    """Write one HTML page with everything that is known of a run: stages, curves, statistics, pictures, provenance."""
+    from .report.run_report import write_report
+
+    loaded = load(recipe, overrides)
+    path = write_report(loaded, project=projection, say=lambda line: out.print(line, markup=False))
+    out.print(str(path), markup=False)

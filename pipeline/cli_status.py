@@ -1,4 +1,4 @@
-"""`kava status`."""
+"""`kava plan` and `kava status`: what a run will take, and how far it is."""
 
 from __future__ import annotations
 
@@ -7,8 +7,39 @@ from typing import Annotated
 
 import typer
 
-from ..errors import RecipeError
-from .cli_store import Overrides, RecipePath, load, out, print_table
+from ..errors import RecipeError, StageError
+from .cli_store import OnlyTeacher, Overrides, RecipePath, load, out, print_table
+
+
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    teacher: OnlyTeacher = None,
+    sample: Annotated[
+        int | None,
+        typer.Option("--sample", metavar="N", min=2, help="Count tokens of N samples, not of all.", show_default=False),
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Run every stage on a few samples, in a temporary folder, and measure.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say what a run will take: tokens, bytes, files, memory and hours; refuse one that cannot fit."""
+    from .commands.choose import STAGES
+    from .commands.plan import print_plan
+    from .plan import make_plan
+    from .plan.show import describe
+
+    loaded = load(recipe, overrides)
+    if teacher is not None:
+        loaded.teacher(teacher)
+    found = make_plan(loaded, sample=sample, probe=probe, teachers=None if teacher is None else [teacher])
+    if as_json:
+        out.print_json(json.dumps(describe(found)))
+    else:
+        print_plan(found, list(STAGES), out)
+    if found.refusals:
+        raise StageError("does not fit: " + "; ".join(found.refusals))
 
 
 def status(

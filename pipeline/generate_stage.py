@@ -37,6 +37,8 @@ class GenerateStage(Stage):
         if not self.output.is_dir():
             return Status("missing")
         record = read_record(self.output)
+        if not record and not self._written():  # Stopped before it had begun.
+            return Status("missing")
         if record.get("key") != self.run.generate_key:
             return Status("stale", "the prompts, the teacher or extract.generate changed")
         if "kept" not in record:

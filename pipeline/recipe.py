@@ -293,24 +293,23 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _captures_logits_that_are_trained_on(self) -> Self:
-        if self.train.logits is None:
-            return self
+        arms = [] if self.compare is None else self.compare.resolve(self.train)
+        for settings in (self.train, *(arm.settings(self.train, 0, 1) for arm in arms)):
+            self._check_logits(settings)
+        return self
+
+    def _check_logits(self, train: TrainSettings) -> None:
+        if train.logits is None:
+            return
         if self.extract.logits is None:
             raise ValueError("train.logits needs extract.logits: how many next tokens are captured, for example 64")
         if isinstance(self.student.tokenizer, ByteLevelBPE):
             raise ValueError(
                 "train.logits needs the teacher's tokenizer; student.tokenizer is one trained on the corpus"
             )
-        named = self.train.teacher
+        named = train.teacher
         if self.fuse is not None and (named == self.fuse.name or (named is None and len(self.teachers) > 1)):
             raise ValueError("train.logits: fused targets have none; name one teacher in train.teacher")
-        return self
-
-    @model_validator(mode="after")
-    def _arms_can_be_trained(self) -> Self:
-        if self.compare is not None:
-            self.compare.resolve(self.train)
-        return self
 
     @property
     def fused_teachers(self) -> list[str]:

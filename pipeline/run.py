@@ -368,7 +368,7 @@ class Run(Places):
         """
         settings = settings or self.recipe.train
         how = {"name", "teacher", "logging_steps", "eval_steps", "save_steps", "num_workers"}
-        how |= {"measure_steps", "collapse_threshold", "report_to"}
+        how |= {"measure_steps", "collapse_threshold", "report_to", "reader_threads", "prefetch_steps"}
         stated = settings.model_dump(mode="json", exclude_defaults=True, exclude=how)
         targets = self.open_target(self.teacher_of(settings))
         content = [targets.manifest.fingerprint, targets.content]

@@ -115,7 +115,7 @@ class TrainStage(Stage):
                 advance = stack.enter_context(progress(f"{self.label} {settings.name}", settings.max_steps, "steps"))
                 # The record without metrics marks a training that was begun; the next call goes on with it.
                 write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
-                run.recipe.save(self.output / "recipe.yaml")
+                run.recipe.model_copy(update={"train": settings}).save(self.output / "recipe.yaml")
             result = train_student(
                 run.student_dir,
                 store,

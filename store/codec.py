@@ -106,10 +106,11 @@ class Codec:
         """
         if self.compress or nbytes != page_bytes + _CRC.size:
             return False
-        _fill(file, offset, out)
+        _fill(file, offset, out.nbytes, out.data)
         if not check:
             return True
-        _fill(file, offset + page_bytes, stored := scratch("checksum", _CRC.size))
+        stored = scratch("checksum", _CRC.size)
+        _fill(file, offset + page_bytes, _CRC.size, stored.data)
         (expected,) = _CRC.unpack(stored.data)
         return bool(_before_zeros(crc32c(out), page_bytes - out.nbytes) == expected)
 
@@ -131,10 +132,12 @@ class Codec:
         if not self.compress:  # The bytes on disk are the page's: they go straight to where they belong.
             if nbytes != out.nbytes + _CRC.size:
                 raise DamagedStoreError(f"chunk holds {nbytes - _CRC.size} bytes, expected {out.nbytes}")
-            _fill(file, offset, out, stored := scratch("checksum", _CRC.size))
+            stored = scratch("checksum", _CRC.size)
+            _fill(file, offset, nbytes, out.data, stored.data)
             _compare(out, stored, check)
             return
-        _fill(file, offset, chunk := scratch("chunk", nbytes))
+        chunk = scratch("chunk", nbytes)
+        _fill(file, offset, nbytes, chunk.data)
         payload = chunk[: -_CRC.size]
         _compare(payload, chunk[-_CRC.size :], check)
         _, raw, _, stored_bytes = _HEADER.unpack_from(payload.data)
@@ -166,8 +169,8 @@ def _images(zeros: int) -> tuple[int, ...]:
     return tuple(google_crc32c.extend((1 << bit) ^ _INVERT, behind) ^ _INVERT for bit in range(32))
 
 
-def _fill(file: int, offset: int, *buffers: np.ndarray[Any, Any]) -> None:
-    if os.preadv(file, [buffer.data for buffer in buffers], offset) < sum(buffer.nbytes for buffer in buffers):
+def _fill(file: int, offset: int, nbytes: int, *buffers: memoryview) -> None:
+    if os.preadv(file, buffers, offset) < nbytes:
         raise DamagedStoreError("the file ends within it")
 
 

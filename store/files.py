@@ -42,7 +42,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path | str) -> Iterator[None]:
     """Turns an `OSError` while reading `path` into an error that says what it means; a missing file stays one.
 
     Raises:
@@ -62,16 +62,6 @@ def reading(path: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM):
             raise StoreError(f"{path}: cannot be read: {reason}; mend its rights") from error
         raise DamagedStoreError(f"{path}: cannot be read: {reason}") from error
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[int]:
-    """The descriptor of a file that is only read: Python's own file objects cost ten times as much to make."""
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        yield file
-    finally:
-        os.close(file)
 
 
 def write_protect(root: Path) -> None:

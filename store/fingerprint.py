@@ -39,12 +39,12 @@ def digest_file(path: Path) -> str:
     return found
 
 
-def file_stamp(path: Path) -> tuple[int, int, int, int]:
+def file_stamp(path: Path | str) -> tuple[int, int, int, int]:
     """What is another when a file was written again: size, inode, modification and change time.
 
     Only ever compared for equality: a clock may jump, and a copy may bring an old modification time along.
     """
-    stat = path.stat()
+    stat = os.stat(path)  # noqa: PTH116 - of a path that is asked for with every sample, as a string.
     return stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
 
 

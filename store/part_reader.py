@@ -33,7 +33,7 @@ class PartReader:
         """
         self.root, self.manifest, self.index, self._check = root, manifest, index, check
         self.path = root / "parts" / part_name(index)
-        self._header = self.path / "zarr.json"
+        self._header = str(self.path / "zarr.json")
         self._stamp = self._found_stamp()
         self.attributes = read_table(root, manifest, index, self.path)
         self._dtype, self._quantizer = dtype_of(manifest.dtype), LOSSY.get(manifest.codec)

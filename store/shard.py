@@ -21,7 +21,7 @@ import numpy as np
 
 from ..errors import DamagedStoreError
 from .codec import Chunk, Codec, crc32c
-from .files import opened, reading
+from .files import reading
 from .scratch import scratch
 
 SHARD_BYTES: Final = 128 << 20
@@ -130,7 +130,7 @@ class PageReader:
     check: bool = True
     """Whether to compare each chunk with its checksum."""
     _indices: dict[int, np.ndarray[Any, Any]] = field(default_factory=dict)
-    _paths: dict[int, Path] = field(default_factory=dict)
+    _paths: dict[int, str] = field(default_factory=dict)
 
     def read(self, first: int, count: int) -> np.ndarray[Any, Any]:
         """Pages `first .. first + count`, joined: `[count * page_tokens, ...]` in the on-disk dtype.
@@ -164,16 +164,20 @@ class PageReader:
             raise IndexError(f"pages {first}..{first + count} of {self.num_pages}")
         for shard, start, stop in self._runs(first, count):
             path, index = self._path(shard), self.index(shard)[start:stop].tolist()
-            try:
-                with reading(path), opened(path) as file:
+            with reading(path):
+                try:
+                    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    raise DamagedStoreError(f"{path}: the shard is missing") from None
+                try:
                     for page, (offset, nbytes) in enumerate(index, shard * self.array.pages_per_shard + start):
                         begin = (page - first) * rows
                         try:
                             self._read_page(file, offset, nbytes, out[begin : begin + rows], layers)
                         except (DamagedStoreError, RuntimeError, ValueError, struct.error) as error:
                             raise DamagedStoreError(f"{path}: chunk {page}: {error}") from error
-            except FileNotFoundError:
-                raise DamagedStoreError(f"{path}: the shard is missing") from None
+                finally:
+                    os.close(file)
 
     def _read_page(
         self, file: int, offset: int, nbytes: int, out: np.ndarray[Any, Any], layers: Sequence[int] | None
@@ -200,12 +204,12 @@ class PageReader:
         return self._indices[shard]
 
     def _read_index(self, shard: int) -> np.ndarray[Any, Any]:
-        path, slots = self._path(shard), self.array.pages_per_shard
+        path, slots = self.array.shard_path(shard), self.array.pages_per_shard
         tail = slots * 16 + 4
         try:
-            with reading(path), opened(path) as file:
-                size = os.fstat(file).st_size
-                data = os.pread(file, tail, max(0, size - tail))
+            with reading(path), path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                data = os.pread(file.fileno(), tail, max(0, size - tail))
         except FileNotFoundError:
             raise DamagedStoreError(f"{path}: the shard is missing") from None
         if len(data) < tail or struct.unpack("<I", data[-4:])[0] != crc32c(data[:-4]):
@@ -217,9 +221,9 @@ class PageReader:
             raise DamagedStoreError(f"{path}: the shard's index points outside its file")
         return used
 
-    def _path(self, shard: int) -> Path:
+    def _path(self, shard: int) -> str:
         if shard not in self._paths:
-            self._paths[shard] = self.array.shard_path(shard)
+            self._paths[shard] = str(self.array.shard_path(shard))
         return self._paths[shard]
 
     def _runs(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:

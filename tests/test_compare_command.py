@@ -18,6 +18,7 @@ from kava.store import KVStore, Split
 from kava.tap import KVTap
 from kava.train import load_student
 from kava.train.data import TargetCollator
+from kava.train.trainer import KVTrainer
 
 COMPARE = {"arms": ["none", "kv", "shuffled", {"strong": {"alpha": 5, "loss": "cosine"}}], "seeds": [0, 1]}
 
@@ -106,13 +107,13 @@ def test_differences_add_up(summary: dict[str, Any]) -> None:
 
 def test_arms_of_one_seed_read_the_same_batches(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[list[str]] = []
-    collate = TargetCollator.__call__
+    step = KVTrainer.training_step
 
-    def noting(self: TargetCollator, samples: Any) -> dict[str, Any]:
-        read.append([sample.sample_id for sample in samples])
-        return collate(self, samples)
+    def noting(self: KVTrainer, model: Any, inputs: dict[str, Any], *others: Any) -> torch.Tensor:
+        read.append(inputs["sample_ids"])
+        return step(self, model, inputs, *others)
 
-    monkeypatch.setattr(TargetCollator, "__call__", noting)
+    monkeypatch.setattr(KVTrainer, "training_step", noting)
     (tmp_path / "run").mkdir()
     for name in ("student", "teachers", "targets", "reference.zarr", "projectors"):
         (tmp_path / "run" / name).symlink_to(recipe.parent / "run" / name)
@@ -122,6 +123,7 @@ def test_arms_of_one_seed_read_the_same_batches(recipe: Path, tmp_path: Path, mo
         stage.make(None)
         orders[stage.arm.name if stage.arm else "", stage.seed] = list(read)
     for seed in (0, 1):
+        assert len(orders["none", seed]) == 6
         assert orders["none", seed] == orders["kv", seed] == orders["shuffled", seed]
     assert orders["none", 0] != orders["none", 1]
 

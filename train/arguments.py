@@ -15,8 +15,9 @@ from .settings import TrainSettings
 from .trackers import PROJECT
 
 _SHARDED: Final = (
-    "shards of a model hold weights whose gradients cannot be asked for one by one, as alpha and the search for what "
-    "is not finite do, and what the KV loss gets of them was never tested; torchrun trains a copy on each device (DDP)"
+    "sharded models are not trained here: accelerate shards on GPUs only, where it was never run, and gradients of "
+    "single terms, which alpha: auto and the search for what is not finite ask for, do not reach shards; torchrun "
+    "trains a copy on each device (DDP)"
 )
 REFUSED: Final = {
     "fsdp": _SHARDED,

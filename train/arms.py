@@ -24,6 +24,9 @@ EQUAL: Final = (
     "max_steps",
     "batch_size",
     "gradient_accumulation_steps",
+    "pack_tokens",
+    "group_by_length",
+    "shuffle_window",
     "ce_segments",
     "eval_steps",
     "save_steps",
@@ -43,6 +46,8 @@ OF_KV: Final = (
     "layers",
     "layer_weights",
     "segment_weights",
+    "projector",
+    "projector_learning_rate",
 )
 """Keys that say nothing without a KV loss: changing one does not make an arm without it stale."""
 

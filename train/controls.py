@@ -87,12 +87,6 @@ class ControlTargets(ABC):
         """Of the true targets."""
         return self.targets.statistics()
 
-    def __getattr__(self, name: str) -> Any:
-        """Whatever else is known of the true targets."""
-        if name == "targets":
-            raise AttributeError(name)
-        return getattr(self.targets, name)
-
 
 class ShuffledTargets(ControlTargets):
     """Each training sample has the targets of another one, always the same.

@@ -138,7 +138,7 @@ def spread_ratio(student: torch.Tensor, target: torch.Tensor) -> float | None:
     """
     if len(target) < 2:
         return None
-    own, wanted = (t.detach().double().var(0, correction=0).sum() for t in (student, target))
+    own, wanted = (t.detach().float().var(0, correction=0).sum() for t in (student, target))
     return float((own / wanted).sqrt()) if wanted > 0 else None
 
 

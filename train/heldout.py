@@ -98,14 +98,14 @@ def evaluate_heldout(
         raise StageError(f"{store.path} has targets of {store.geometry}, the student has {own}")
     device = next(model.parameters()).device
     collator = TargetCollator(pad_token_id, tuple(ce_segments))
-    squares = {name: torch.zeros(store.geometry.num_layers, dtype=torch.float64) for name in ("keys", "values")}
+    layers = range(store.geometry.num_layers) if with_kv else ()
+    squares = {name: torch.zeros(len(layers), dtype=torch.float64) for name in ("keys", "values")}
     found, targeted = Heldout([], [], [], [], {}), 0
     training = model.training
     model.eval()
     with torch.no_grad():
         for samples in _batches(store, indices, batch_size, with_kv):
             batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in collator(samples).items()}
-            layers = range(store.geometry.num_layers) if with_kv else ()
             with KVTap(model, layers=layers) as tap:
                 logits = model(
                     input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
@@ -138,4 +138,6 @@ def evaluate_heldout(
 
 def _batches(store: Targets, indices: Sequence[int], size: int, with_kv: bool) -> Iterator[list[KVSample]]:
     for start in range(0, len(indices), size):
-        yield [store.sample(index, keys=with_kv, values=with_kv) for index in indices[start : start + size]]
+        yield [
+            store.sample(index, keys=with_kv, values=with_kv, extras=False) for index in indices[start : start + size]
+        ]

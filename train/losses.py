@@ -107,24 +107,25 @@ Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, LossOptions], 
 row by row; float32 in and out."""
 
 
-def _each_token(
-    function: Callable[[torch.Tensor, torch.Tensor, float, LossOptions], torch.Tensor],
-) -> Loss:
+@dataclass(frozen=True)
+class EachToken:
     """A loss that looks at one token at a time."""
 
-    def loss(
-        student: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, std: float, options: LossOptions
-    ) -> torch.Tensor:
-        return function(student[mask], target[mask], std, options)
+    rows: Callable[[torch.Tensor, torch.Tensor, float, LossOptions], torch.Tensor]
+    """Of `[n, h, d]` tensors."""
 
-    return loss
+    def __call__(
+        self, student: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, std: float, options: LossOptions
+    ) -> torch.Tensor:
+        """See `Loss`."""
+        return self.rows(student[mask], target[mask], std, options)
 
 
 LOSSES: Final[Mapping[str, Loss]] = {
-    "mse": _each_token(mse),
-    "smooth_l1": _each_token(smooth_l1),
-    "cosine": _each_token(cosine),
-    "cosine_magnitude": _each_token(cosine_magnitude),
+    "mse": EachToken(mse),
+    "smooth_l1": EachToken(smooth_l1),
+    "cosine": EachToken(cosine),
+    "cosine_magnitude": EachToken(cosine_magnitude),
     "relation": relation,
 }
 
@@ -265,6 +266,8 @@ class KVLoss:
         function = LOSSES[self.loss]
         if samples is not None and self.loss in ACROSS_TOKENS:
             function = _sample_by_sample(function, samples)
+        # Which tokens these are is found out once, for all layers: on a device it is waited for each time.
+        rows = torch.nonzero(mask.flatten()).squeeze(1) if isinstance(function, EachToken) else None
         weights = self.token_weights(mask, segments)
         layer_weights = self.layer_weights or (1.0,) * len(self.layers)
         for name, weight in (("keys", self.key_weight), ("values", self.value_weight)):
@@ -272,9 +275,14 @@ class KVLoss:
                 continue
             if target[name].shape[2] != len(self.layers):
                 raise ValueError(f"{target[name].shape[2]} layers of target {name} for a loss on layers {self.layers}")
+            wanted = target[name] if rows is None else target[name].flatten(0, 1).index_select(0, rows)
             for place, (layer, layer_weight) in enumerate(zip(self.layers, layer_weights, strict=True)):
-                own = student[name][layer].float()
-                error = function(own, target[name][:, :, place].float(), mask, self.std[name][layer], self.options)
+                own, std = student[name][layer], self.std[name][layer]
+                if rows is not None and isinstance(function, EachToken):
+                    own = own.flatten(0, 1).index_select(0, rows)
+                    error = function.rows(own.float(), wanted[:, place].float(), std, self.options)
+                else:
+                    error = function(own.float(), wanted[:, :, place].float(), mask, std, self.options)
                 # A batch without any target, or with none that counts, contributes nothing, and no NaN.
                 if weights is not None:
                     term = (weights * error).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)

@@ -31,7 +31,7 @@ def make_student(settings: StudentSettings, folder: Path, texts: Iterable[str]) 
     """
     import torch
 
-    tokenizer = _tokenizer(settings, texts)
+    tokenizer = student_tokenizer(settings, texts)
     if settings.model is not None:
         model = load_model(_source(settings, settings.model), dtype=settings.dtype, device="cpu")
     else:
@@ -89,7 +89,12 @@ def _source(settings: StudentSettings, name: str) -> ModelSource:
     return find_model(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
 
 
-def _tokenizer(settings: StudentSettings, texts: Iterable[str]) -> Any:
+def student_tokenizer(settings: StudentSettings, texts: Iterable[str]) -> Any:
+    """The student's tokenizer; one that is trained here is trained on `texts`.
+
+    Raises:
+        ModelNotFoundError: if it cannot be loaded.
+    """
     if isinstance(settings.tokenizer, ByteLevelBPE):
         return train_tokenizer(texts, settings.tokenizer.vocab_size)
     if settings.tokenizer is None:

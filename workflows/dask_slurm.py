@@ -2,7 +2,7 @@
 
     python workflows/dask_slurm.py recipe.yaml --jobs 16 --cores 4 --memory 16GB --walltime 04:00:00 --queue NAME
 
-Runs `kava project RECIPE --scheduler tcp://...` and ends the workers after it. Options that are not named here go to kava.
+Runs `kava project RECIPE --scheduler tcp://...` and ends the workers after it. Other options go to kava.
 `--job-script` prints the script of a worker's job and does nothing else. Wants `pip install 'kava[workflows]'`.
 """
 

@@ -1,4 +1,4 @@
-"""What `kava run --dry-run` says: the stages, how geometries map onto each other, what a token costs.
+"""What `kava plan` and `kava run --dry-run` say: how geometries map onto each other, what it takes, the stages.
 
 Nothing is made. A model or corpus that cannot be reached is named in one line, and what the recipe states is used
 instead.
@@ -6,90 +6,70 @@ instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import Final
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ...errors import HubUnreachableError, KavaError
+from ...errors import KavaError
 from ...store import KVGeometry
 from ...store.dtypes import dtype_of
 from ...store.manifest import default_page_tokens
 from ..maps.layers import LayerMap, layer_map
 from ..misfits import refuse_misfits
-from ..parts import BYTES_PER_TOKEN
+from ..plan.plan import Plan
+from ..plan.show import size_tables
 from ..run import Run
 from ..stages import stages_of
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-T = TypeVar("T")
+QUICK: Final = 200
+"""Samples whose tokens a dry run counts."""
 
 
-def print_plan(run: Run, chosen: list[str], out: Console) -> None:
-    """Prints the plan of the chosen stages."""
-    recipe = run.recipe
-    problems: list[str] = []
-    unreached: list[str] = []
-
-    def reach(what: str, find: Callable[[], T], instead: T | None) -> tuple[T | None, str]:
-        try:
-            return find(), ""
-        except KavaError as error:
-            if isinstance(error, HubUnreachableError):
-                unreached.append(error.name)
-            else:
-                problems.append(f"{what}: {error}")
-            return instead, "as the recipe states" if instead is not None else "not known"
-
+def print_plan(plan: Plan, chosen: list[str], out: Console) -> None:
+    """Prints a plan, and the state of the chosen stages."""
+    run, recipe = plan.run, plan.run.recipe
+    problems = list(plan.problems)
     geometry = Table(box=None, pad_edge=False, show_header=False)
-    student, note = reach("student", run.planned_student_geometry, recipe.student.geometry)
-    teachers: dict[str, KVGeometry] = {}
-    for name, settings in recipe.teachers.items():
-        found, remark = reach(name, lambda name=name: run.teacher_geometry(name), settings.geometry)  # type: ignore[misc]
-        geometry.add_row(f"teacher {name}", str(found or "?"), remark)
-        if found is not None:
-            teachers[name] = found
-    geometry.add_row("student", str(student or "?"), note)
+    rows = [(f"teacher {name}", plan.geometries.get(name), t.model) for name, t in recipe.teachers.items()]
+    for label, found, model in [*rows, ("student", plan.student, recipe.student.model)]:
+        note = "as the recipe states" if found is not None and model in plan.unreached else "" if found else "not known"
+        geometry.add_row(label, str(found or "?"), note)
     out.print(geometry)
     out.print()
-    if student is not None:
-        for name, found in teachers.items():
-            _print_maps(run, name, found, student, out)
+    if plan.student is not None:
+        for name, found in plan.geometries.items():
+            _print_maps(run, name, found, plan.student, out)
     if (fuse := recipe.fuse) is not None:
         reading = "" if fuse.materialize else ", while they are read"
         out.print(f"{fuse.name:<19} {' + '.join(recipe.fused_teachers)}, weights by {fuse.weights}{reading}\n")
-    for name in teachers:
-        reach(name, lambda name=name: refuse_misfits(run, name), None)  # type: ignore[misc]
-    corpus, _ = reach("corpus", lambda: run.corpus, None)
-    if corpus is not None:
-        size = sum(len(r.text.encode()) for r in corpus.records)
-        tokens = size / BYTES_PER_TOKEN
-        out.print(
-            f"corpus              {len(corpus)} samples, {size / 1e6:.1f} MB of text, {tokens:,.0f} tokens at most"
-        )
-        for name, found in teachers.items():
-            raw = tokens * found.bytes_per_token(dtype_of(recipe.extract.dtype).itemsize)
-            out.print(f"  store of {name:<9} at most about {_bytes(raw)} raw")
+    for name in plan.geometries:
+        try:
+            refuse_misfits(run, name)
+        except KavaError as error:
+            if f"{name}: {error}" not in problems and not any(str(error) in problem for problem in problems):
+                problems.append(f"{name}: {error}")
+    if plan.corpus is not None:
+        size = sum(len(record.text.encode()) for record in plan.corpus.records)
+        out.print(f"corpus              {len(plan.corpus)} samples, {size / 1e6:.1f} MB of text\n")
+    wide = out if out.is_terminal else Console(file=out.file, width=400, highlight=False)
+    for table in size_tables(plan):
+        wide.print(table)
         out.print()
-    table = Table("stage", "state", "output", box=None, pad_edge=False)
+    stages = Table("stage", "state", "output", box=None, pad_edge=False)
     for stage in stages_of(run):
         if stage.name in chosen:
             try:
                 state = stage.status().state
             except KavaError:
                 state = "blocked"
-            if state == "blocked":
-                state = "missing"
-            table.add_row(stage.label, state, escape(str(stage.output)))
-    out.print(table)
+            stages.add_row(stage.label, "missing" if state == "blocked" else state, escape(str(stage.output)))
+    wide.print(stages)
     out.print()
-    if unreached:
-        out.print(
-            f"The hub cannot be reached for {', '.join(unreached)}: planned with what the recipe states.", markup=False
-        )
+    if plan.unreached:
+        names = ", ".join(dict.fromkeys(plan.unreached))
+        out.print(f"The hub cannot be reached for {names}: planned with what the recipe states.", markup=False)
     for problem in problems:
         out.print(problem, markup=False, style="yellow")
 
@@ -118,6 +98,8 @@ def _print_maps(run: Run, name: str, teacher: KVGeometry, student: KVGeometry, o
         out.print(
             f"  {label:<17} {raw:,} bytes per token ({settings.dtype}, raw), {settings.codec}, pages of {page} tokens"
         )
+    if (top := recipe.extract.logits) is not None:
+        out.print(f"  logits            the {top} likeliest next tokens, {8 * top + 4} bytes per token")
     if (select := recipe.select) is not None:
         kept, dtype = (
             (teacher, recipe.extract.dtype) if select.geometry == "teacher" else (student, recipe.project.dtype)
@@ -132,11 +114,3 @@ def _print_maps(run: Run, name: str, teacher: KVGeometry, student: KVGeometry, o
 def arrows(layers: LayerMap) -> str:
     """Teacher layers of each student layer: `0->0 1+2->1`."""
     return " ".join(f"{'+'.join(map(str, sources))}->{target}" for target, sources in enumerate(layers))
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            break
-        count /= 1000
-    return f"{count:.1f} {unit}"

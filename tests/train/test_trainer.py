@@ -259,7 +259,7 @@ def test_other_ranks_and_batches_than_the_checkpoint_s_are_refused(train: Train,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arguments": {"fsdp": "full_shard"}}, "train.arguments.fsdp: shards of a model"),
+        ({"arguments": {"fsdp": "full_shard"}}, "train.arguments.fsdp: sharded models are not trained here"),
         ({"arguments": {"train_sampling_strategy": "random"}}, "the order of samples is kava's own"),
         ({"arguments": {"eval_strategy": "epoch"}}, "train.arguments.eval_strategy: epoch: .* set eval_steps"),
         ({"pack_tokens": 24, "group_by_length": True}, "packed rows are of about equal length already"),

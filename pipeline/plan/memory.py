@@ -1,0 +1,111 @@
+"""What a teacher needs of its device's memory, worked out from its config, and what the device has."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any, Final
+
+from ...extract.rope import rope_parameters
+from ...hub import load_config, meta_model
+from ...store.dtypes import dtype_of
+from ..run import Run
+
+_CONTEXT: Final = 600_000_000
+"""Of CUDA itself: kernels, workspaces."""
+_SPARE: Final = 1.1
+"""Fragmentation of the allocator."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, of one device."""
+
+    teacher: str
+    weights: int
+    kv: int
+    """Keys and values of two batches: one is handed over while the next is computed."""
+    activations: int
+    """The largest layer of one forward pass, and logits where they are asked for."""
+    needed: int
+    """All of it, with what the allocator and the device add."""
+    device: str
+    available: int | None
+    """What the device of this machine has free; None if it is not here."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether it is not known to be too much."""
+        return self.available is None or self.needed <= self.available
+
+    def describe(self) -> dict[str, Any]:
+        """For programs."""
+        return {**asdict(self), "fits": self.fits}
+
+
+def teacher_memory(run: Run, name: str, longest: int) -> Memory:
+    """What capturing from a teacher needs; `longest` is the longest sample in tokens.
+
+    Raises:
+        ModelNotFoundError: if its config cannot be reached.
+    """
+    settings, extract = run.teacher(name), run.recipe.extract
+    config = load_config(run.teacher_source(name))
+    itemsize = dtype_of(settings.dtype).itemsize
+    ways = 1
+    if extract.backend == "vllm":
+        ways = settings.engine.tensor_parallel_size * settings.engine.pipeline_parallel_size
+    parameters = sum(prod(p.shape) for p in meta_model(config).parameters())
+    tokens = max(extract.batch_tokens, longest)
+    heads = config.num_attention_heads
+    width = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    query = heads * (getattr(config, "head_dim", None) or width // heads)
+    activations = tokens * itemsize * (6 * width + 3 * inner + 4 * query)
+    if extract.importance:
+        activations += tokens * longest * heads * 4
+    if extract.confidence or extract.logits is not None:
+        activations += 2 * tokens * config.vocab_size * 4
+    weights = parameters * itemsize // ways
+    kv = 2 * tokens * run.teacher_geometry(name).bytes_per_token(itemsize) // ways
+    device, available = _device(settings.device)
+    context = _CONTEXT if device != "cpu" else 0
+    needed = round((weights + kv + activations) * _SPARE) + context
+    return Memory(name, weights, kv, activations, needed, device, available)
+
+
+def context_length(run: Run, name: str) -> int:
+    """The longest sequence that a teacher reads, in tokens; what its engine is told counts first."""
+    settings, config = run.teacher(name), load_config(run.teacher_source(name))
+    if run.recipe.extract.backend == "vllm" and settings.engine.max_model_len is not None:
+        return settings.engine.max_model_len
+    factors = [p["factor"] for p in rope_parameters(config) if p.get("rope_type") == "dynamic"]
+    return int(config.max_position_embeddings * min(factors, default=1))
+
+
+def _device(asked: str) -> tuple[str, int | None]:
+    """The device that would be used, and its free memory."""
+    import torch
+
+    if asked != "cpu" and torch.cuda.is_available():
+        index = int(asked.partition(":")[2] or 0)
+        return f"cuda:{index}", int(torch.cuda.mem_get_info(index)[0])
+    if asked.startswith("cuda"):
+        return asked, None
+    if asked not in ("auto", "cpu"):
+        return asked, None
+    # Without a device here the plan may be made for another machine: only what is asked of the CPU is compared.
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return ("cpu", max(free, _available())) if asked == "cpu" else ("not here", None)
+
+
+def _available() -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123  # No path of a user's.
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
