@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import KavaError
+from ...errors import HubUnreachableError, KavaError
 from ...extract import Corpus, Encoder
 from ...extract.signals import signal_arrays
 from ...hub import load_tokenizer, token_digests
@@ -61,7 +61,8 @@ class Counts:
             try:
                 self._found[key] = count_tokens(encoder(), self.corpus, self.sample)
             except KavaError as error:
-                self._problems.append(f"tokens of {key}: {error}; planned with one for {BYTES_PER_TOKEN} bytes of text")
+                why = "the hub has its tokenizer" if isinstance(error, HubUnreachableError) else error
+                self._problems.append(f"tokens of {key}: {why}; at most one for {BYTES_PER_TOKEN} bytes of text")
                 self._found[key] = at_most(self.corpus, BYTES_PER_TOKEN)
                 self.bounds.add(key)
         return self._found[key]
