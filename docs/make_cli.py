@@ -54,6 +54,10 @@ EXAMPLES = {
         "kava compare workflows/gsm8k-compare.yaml --arm kv --seed 1",
         "kava compare workflows/gsm8k-compare.yaml --no-train --json",
     ],
+    "report": [
+        "kava report workflows/gsm8k-compare.yaml",
+        "kava report workflows/demo.yaml --no-projection",
+    ],
     "plan": [
         "kava plan workflows/demo.yaml",
         "kava plan workflows/demo.yaml --probe",
@@ -109,6 +113,11 @@ NOTES = {
     "which makes the chosen ones again. `--arm` and `--seed` make one call one job of an array; a last `--no-train`\n"
     "compares them all. The targets must be complete. [The recipe](../recipe.md#compare) has the arms, and what is\n"
     "computed.",
+    "report": "Writes `run_dir/report.html`: each stage with its size and time, held-out curves with 95 %, the\n"
+    "tables of `kava compare`, KV error by layer as heat maps, layer map and projection (see `kava project\n"
+    "--report`), fingerprints, versions and the recipe. The page holds its pictures and asks for no other file and\n"
+    "no network; it can be sent, printed, and read on a phone. What is not there yet is left out, with the command\n"
+    "that makes it.",
     "inspect": "Finds the run's recipe beside the store to show tokens and text.",
     "verify": "Names part, array, chunk and sample. Exit code 1 if anything is damaged.",
     "repair": "Verifies every store of the recipe that is there. Damaged parts are set aside and made again:\n"

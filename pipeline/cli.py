@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import EXIT_FAULT, EXIT_RETRY, KavaError, RecipeError, StageError
-from .cli_results import compare, evaluate
+from .cli_results import compare, evaluate, report
 from .cli_status import plan, status
 from .cli_store import (
     OnlyTeacher,
@@ -241,6 +241,7 @@ def train(recipe: RecipePath, overrides: Overrides = None, force: Force = False)
 
 app.command()(evaluate)
 app.command()(compare)
+app.command()(report)
 
 
 @app.command()

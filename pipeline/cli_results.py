@@ -1,4 +1,4 @@
-"""The commands on trained students: evaluating one, comparing arms."""
+"""The commands on trained students: evaluating one, comparing arms, a report of all."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def compare(
     if as_json:
         out.print_json(json.dumps(summary))
         return
-    from .commands.compare import arms_table, compared_with, differences_table
+    from .commands.compare import arm_rows, as_table, compared_with, difference_rows
 
-    for table in (arms_table(summary), differences_table(summary, compared_with(summary))):
+    for rows in (arm_rows(summary), difference_rows(summary, compared_with(summary))):
         out.print()
-        print_table(table)
+        print_table(as_table(rows))
     if summary["missing"]:
         names = ", ".join(f"{name} seed {number}" for name, number in summary["missing"])
         out.print(f"\nnot finished yet: {names}", markup=False)
@@ -108,3 +108,21 @@ def evaluate(
         return
     print_table(result_table(found))
     out.print(f"\n{student.folder / RESULT}", markup=False)
+
+
+def report(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    projection: Annotated[
+        bool,
+        typer.Option(
+            "--projection/--no-projection", help="Measure the projection where it is not yet, which takes a while."
+        ),
+    ] = True,
+) -> None:
+    """Write one HTML page with everything that is known of a run: stages, curves, statistics, pictures, provenance."""
+    from .report.run_report import write_report
+
+    loaded = load(recipe, overrides)
+    path = write_report(loaded, project=projection, say=lambda line: out.print(line, markup=False))
+    out.print(str(path), markup=False)

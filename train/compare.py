@@ -75,7 +75,8 @@ def summarise(trained: Sequence[Trained], arms: Sequence[Arm], settings: Compare
     """
     _check_equal(trained)
     by_arm = {arm.name: [t for t in trained if t.arm == arm.name] for arm in arms}
-    levels = {t.seed: t.ce for t in by_arm[settings.baseline]}
+    # From the curve too: that was measured in the precision of training, as the curves that are to reach it.
+    levels = {t.seed: t.curve[-1][1] for t in by_arm[settings.baseline] if t.curve}
     found: dict[str, Any] = {}
     for arm in arms:
         if runs := sorted(by_arm[arm.name], key=lambda t: t.seed):

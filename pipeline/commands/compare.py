@@ -1,56 +1,70 @@
-"""`kava compare`: a comparison as tables."""
+"""`kava compare`: a comparison as rows of text, for a terminal or a page."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
+Rows = tuple[list[str], list[list[str]]]
+"""Names of columns, and rows."""
 
-def arms_table(summary: dict[str, Any]) -> Table:
+
+def arm_rows(summary: dict[str, Any]) -> Rows:
     """A row for each arm: held-out metrics, their 95 %, and the steps to the baseline's final cross-entropy."""
     steps = max(run["steps"] for arm in summary["arms"].values() for run in arm["runs"])
     title = f"steps of {steps} to reach {summary['baseline']}"
     columns = ["arm", "seeds", "held-out CE", "95 % over seeds", "95 % over samples", "per byte", "KV error", title]
-    table = Table(*columns, box=None, pad_edge=False)
+    rows = []
     for name, arm in summary["arms"].items():
         metrics = arm["metrics"]
-        table.add_row(
-            name,
-            str(len(arm["runs"])),
-            f"{metrics['ce']['mean']:.4f}",
-            interval(metrics["ce"]["interval"]),
-            interval(arm["ce_interval_samples"]),
-            f"{metrics['ce_per_byte']['mean']:.4f}",
-            f"{metrics['kv_error']['mean']:.3f}" if "kv_error" in metrics else "-",
-            reached(list(arm["steps_to_baseline"].values()), steps),
+        rows.append(
+            [
+                name,
+                str(len(arm["runs"])),
+                f"{metrics['ce']['mean']:.4f}",
+                interval(metrics["ce"]["interval"]),
+                interval(arm["ce_interval_samples"]),
+                f"{metrics['ce_per_byte']['mean']:.4f}",
+                f"{metrics['kv_error']['mean']:.3f}" if "kv_error" in metrics else "-",
+                "-" if name == summary["baseline"] else reached(list(arm["steps_to_baseline"].values()), steps),
+            ]
         )
-    return table
+    return columns, rows
 
 
-def differences_table(summary: dict[str, Any], against: Sequence[str]) -> Table:
+def difference_rows(summary: dict[str, Any], against: Sequence[str]) -> Rows:
     """A row for each arm against each of `against`: the difference in held-out cross-entropy, and how sure it is."""
     columns = ["arm", "against", "CE difference", "95 % over samples", "95 % over seeds", "lower on", "sign test p"]
-    table = Table(*columns, box=None, pad_edge=False)
-    for pair in summary["differences"]:
-        if pair["against"] in against:
-            table.add_row(
-                pair["arm"],
-                pair["against"],
-                f"{pair['ce']:+.4f}",
-                interval(pair["interval_samples"], signed=True),
-                interval(pair["interval_seeds"], signed=True),
-                f"{pair['lower']} of {pair['lower'] + pair['higher']}",
-                f"{pair['p']:.2g}",
-            )
-    return table
+    return columns, [
+        [
+            pair["arm"],
+            pair["against"],
+            f"{pair['ce']:+.4f}",
+            interval(pair["interval_samples"], signed=True),
+            interval(pair["interval_seeds"], signed=True),
+            f"{pair['lower']} of {pair['lower'] + pair['higher']}",
+            f"{pair['p']:.2g}",
+        ]
+        for pair in summary["differences"]
+        if pair["against"] in against
+    ]
 
 
 def compared_with(summary: dict[str, Any]) -> list[str]:
     """Whom differences are shown from: the baseline, and the arms whose targets are not those of the text."""
     controls = [name for name, arm in summary["arms"].items() if arm["targets"] != "true"]
     return list(dict.fromkeys([summary["baseline"], *controls]))
+
+
+def as_table(rows: Rows) -> Table:
+    """For a terminal."""
+    table = Table(*rows[0], box=None, pad_edge=False)
+    for row in rows[1]:
+        table.add_row(*map(escape, row))
+    return table
 
 
 def interval(found: Sequence[float] | None, *, signed: bool = False) -> str:

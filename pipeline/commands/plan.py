@@ -100,6 +100,8 @@ def _print_maps(run: Run, name: str, teacher: KVGeometry, student: KVGeometry, o
         out.print(
             f"  {label:<17} {raw:,} bytes per token ({settings.dtype}, raw), {settings.codec}, pages of {page} tokens"
         )
+    if (top := recipe.extract.logits) is not None:
+        out.print(f"  logits            the {top} likeliest next tokens, {8 * top + 4} bytes per token")
     if (select := recipe.select) is not None:
         kept, dtype = (
             (teacher, recipe.extract.dtype) if select.geometry == "teacher" else (student, recipe.project.dtype)

@@ -1,4 +1,4 @@
-"""The picture of a projection report. Matplotlib is imported here and nowhere else."""
+"""The picture of a projection report. Matplotlib is imported here and in `curves`, nowhere else."""
 
 from __future__ import annotations
 
