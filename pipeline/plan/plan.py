@@ -263,7 +263,7 @@ def _changed(recipe: Recipe, sections: dict[str, dict[str, Any]]) -> Recipe:
 
 
 def _times(plan: Plan) -> None:
-    """Seconds of each stage in one process on this machine, by tokens; and epochs until offline is the shorter way."""
+    """Seconds of each stage as a command of its own on this machine; and epochs until offline is the shorter way."""
     probe, counts, run = plan.probe, plan.counts, plan.run
     assert probe is not None
     assert counts is not None
@@ -272,9 +272,9 @@ def _times(plan: Plan) -> None:
     forward = once = read = 0.0
     for name, found in probe.teachers.items():
         seconds = counts.teacher(name).rows() * found.per_token
-        plan.times[f"extract {name}"] = found.load + seconds
+        plan.times[f"extract {name}"] = probe.start + found.load + seconds
         fit = found.fit_per_token * (calibration or student)
-        plan.times[f"project {name}"] = fit + student * found.derive_per_token
+        plan.times[f"project {name}"] = probe.start + fit + student * found.derive_per_token
         forward += seconds
         once += plan.times[f"extract {name}"] + plan.times[f"project {name}"]
         read += student * found.read_per_token
@@ -282,7 +282,7 @@ def _times(plan: Plan) -> None:
         plan.times["reference"] = calibration * probe.reference_per_token
         once += plan.times["reference"]
     if probe.step is not None:
-        plan.times["train"] = probe.step * run.recipe.train.max_steps
+        plan.times["train"] = probe.start + probe.step * run.recipe.train.max_steps
     # Live, every epoch pays the teachers' forward passes; offline they are paid once, and every epoch reads targets.
     plan.break_even_epochs = once / (forward - read) if forward > read else None
 
