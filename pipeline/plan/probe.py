@@ -1,7 +1,8 @@
 """A short run of the real thing: the recipe's own stages on a few of its samples, in a temporary folder, timed.
 
-The student has the tokenizer that it will have. What is measured is what the run will do: the teacher's forward passes with writing, the fit, the pass over parts, steps
-of training; and how well this teacher's numbers compress under every codec.
+The student has the tokenizer that it will have. What is measured is what the run will do: the teacher's forward passes
+with writing, the fit, the pass over parts, steps of training; and how well this teacher's numbers compress under every
+codec.
 """
 
 from __future__ import annotations
