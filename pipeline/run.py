@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import AlignmentError, StageError
+from ..errors import AlignmentError, StageError, StoreNotFoundError
 from ..extract import Corpus, CorpusSettings, Encoder, load_corpus
 from ..extract.corpus import HeldoutSettings
 from ..extract.generate import GenerateSettings
@@ -387,7 +387,12 @@ class Run(Places):
         """
         fuse = self.recipe.fuse
         if fuse is None or fuse.materialize or name != fuse.name:
-            return KVStore.open(self.target_path(name))
+            path = self.target_path(name)
+            try:
+                return KVStore.open(path)
+            except StoreNotFoundError:
+                verb = "project" if fuse is None or name != fuse.name else "fuse"
+                raise StoreNotFoundError(f"{path} is not made yet; kava {verb}") from None
         view = FusedTargets.open(self.fusion_path(name), {n: self.target_path(n) for n in self.recipe.fused_teachers})
         view.check()
         return view
