@@ -240,7 +240,8 @@ class KVTrainer(Trainer):  # type: ignore[misc]
             finite = bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
             self._stop_unless(finite, inputs, lambda: f"the gradient ({self._blame(inputs)})")
         if self.projector is not None and self.accelerator.sync_gradients:
-            self.projector.finish_gradient(self.ranks, self.args.max_grad_norm)
+            scaled = getattr(self.accelerator, "scaler", None) is not None
+            self.projector.finish_gradient(self.ranks, None if scaled else self.args.max_grad_norm)
         return loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
