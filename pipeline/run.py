@@ -370,9 +370,10 @@ class Run(Places):
         how = {"name", "teacher", "logging_steps", "eval_steps", "save_steps", "num_workers"}
         how |= {"measure_steps", "collapse_threshold", "report_to", "reader_threads", "prefetch_steps"}
         stated = settings.model_dump(mode="json", exclude_defaults=True, exclude=how)
+        student = self._student_weights  # First: where nothing is made yet, it is what is to be made first.
         targets = self.open_target(self.teacher_of(settings))
         content = [targets.manifest.fingerprint, targets.content]
-        return digest_json({"settings": stated, "student": self._student_weights, "targets": content})
+        return digest_json({"settings": stated, "student": student, "targets": content})
 
     @cached_property
     def _student_weights(self) -> str:

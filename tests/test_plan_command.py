@@ -38,7 +38,8 @@ def _recipe(root: Path, models: dict[str, Path], **changes: Any) -> Path:
 
 
 def _plan(*arguments: Any) -> dict[str, Any]:
-    return dict(json.loads(kava("plan", *arguments, "--json")))
+    printed = kava("plan", *arguments, "--json")  # Progress is on the other stream.
+    return dict(json.loads(printed[printed.index("{\n") : printed.rindex("\n}") + 2]))
 
 
 def _check_sizes(plan: dict[str, Any], recipe: Path, overrides: list[str]) -> None:
