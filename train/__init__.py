@@ -1,9 +1,9 @@
 """The student: trained from cached targets alone.
 
 Nothing here imports an extraction backend or opens a teacher's weights; all that is known of the teacher is in the
-target store. `student` makes the student, `data` reads targets, `losses` compares, `training` is a training as a
-whole, `trainer` the Hugging Face Trainer with one loss of its own. Names that need torch are imported when they are first used, so that reading a recipe
-does not load it.
+target store. `student` makes the student, `data` reads targets, `losses` compares, `training` is a training as a whole,
+`trainer` the Hugging Face Trainer with one loss of its own. Names that need torch are imported when they are first
+used, so that reading a recipe does not load it.
 """
 
 from importlib import import_module
