@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,12 @@ def planned_stores(
     )
 
     def add(label: str, path: Path, count: TokenCount, manifest: Manifest, **among: Any) -> None:
-        known = (measured or {}).get((label, manifest.dtype, manifest.codec))
+        # Fusing is not probed: it mixes the numbers of targets, which are.
+        like = f"project {recipe.fused_teachers[0]}" if label == "fuse" else label
+        known = (measured or {}).get((like, manifest.dtype, manifest.codec))
         sized = store_size(manifest, count, measured=known, **among)
+        if known is not None and like != label:
+            sized = replace(sized, estimated="as its teachers' targets")
         chosen = among.get("parts", manifest.num_parts)
         found.append(PlannedStore(label, path, manifest, chosen, among.get("among"), count, sized))
 
