@@ -45,8 +45,9 @@ from kava.train import (
     make_student,
     train_student,
 )
+from kava.train.feed import TrainingRows
 from kava.train.loader import Batches, ProcessLoader, ThreadedLoader
-from kava.train.order import Order, Row
+from kava.train.order import Order
 
 STUDENTS = {
     "6 layers, 4 x 32, hidden 256": (KVGeometry(num_layers=6, num_key_value_heads=4, head_dim=32), 256),
@@ -200,10 +201,6 @@ def part_one(root: Path, gigabytes: float, steps: int) -> None:
             )
 
 
-def _rows(order: Order, number: int) -> list[Row]:
-    return order.rows(number * 2, 2)
-
-
 def part_two(root: Path, gigabytes: float) -> None:
     """A table of the loader alone."""
     geometry = KVGeometry(num_layers=22, num_key_value_heads=4, head_dim=64)  # TinyLlama-1.1B's.
@@ -215,7 +212,7 @@ def part_two(root: Path, gigabytes: float) -> None:
         dataset = TargetDataset(store, Split.TRAIN)
         order = Order(dataset.lengths, dataset.parts, seed=0, pack_tokens=1024)
         count = WARM + int(gigabytes * 2e9 / (geometry.bytes_per_token(2) * 2 * 1024))
-        batches = Batches(dataset, TargetCollator(0, ("prompt",)), partial(_rows, order), count)
+        batches = Batches(dataset, TargetCollator(0, ("prompt",)), TrainingRows(order, 2, rank=0, ranks=1), count)
         size = geometry.bytes_per_token(2) * sum(
             dataset.lengths[item] for number in range(WARM, count) for row in batches.rows(number) for item in row
         )

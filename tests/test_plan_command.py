@@ -38,7 +38,8 @@ def _recipe(root: Path, models: dict[str, Path], **changes: Any) -> Path:
 
 
 def _plan(*arguments: Any) -> dict[str, Any]:
-    return dict(json.loads(kava("plan", *arguments, "--json")))
+    printed = kava("plan", *arguments, "--json")  # Progress is on the other stream.
+    return dict(json.loads(printed[printed.index("{\n") : printed.rindex("\n}") + 2]))
 
 
 def _check_sizes(plan: dict[str, Any], recipe: Path, overrides: list[str]) -> None:
@@ -52,8 +53,10 @@ def _check_sizes(plan: dict[str, Any], recipe: Path, overrides: list[str]) -> No
         assert told["tokens"] == store.num_tokens, label
         assert told["parts"] == store.manifest.num_parts == len(store.committed_parts()), label
         assert told["files"] == sum(path.is_file() for path in store.path.rglob("*")), label
-        assert told["bytes"] == pytest.approx(store.size_on_disk(), rel=0.02), label
-    assert plan["bytes"] == pytest.approx(sum(KVStore.open(s.output).size_on_disk() for s in stages.values()), rel=0.02)
+        exact = 0.02 if told["estimated"] is None else 0.1  # Of fused numbers it is not measured how they compress.
+        assert told["bytes"] == pytest.approx(store.size_on_disk(), rel=exact), label
+    total = sum(KVStore.open(stage.output).size_on_disk() for stage in stages.values())
+    assert plan["bytes"] == pytest.approx(total, rel=0.02)
 
 
 def test_planned_bytes_are_those_on_disk(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
