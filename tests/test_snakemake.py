@@ -25,10 +25,10 @@ SNAKEMAKE = [
 ]
 
 
-def snakemake(folder: Path, *words: str, parts: int = 2, code: int = 0, begin: bool = False) -> Any:
+def snakemake(folder: Path, *words: str, parts: int = 2, code: int = 0, begin: bool = False, more: str = "") -> Any:
     """Runs it in `folder`, whose recipe is recipe.yaml; what it printed, or with `begin` the process."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [*SNAKEMAKE, *words, "--config", "recipe=recipe.yaml", f"parts_per_job={parts}"]
+    command = [*SNAKEMAKE, *words, "--config", "recipe=recipe.yaml", f"parts_per_job={parts}", *more.split()]
     options: dict[str, Any] = {"cwd": folder, "env": environment, "text": True, "stderr": subprocess.STDOUT}
     if begin:
         return subprocess.Popen(command, stdout=subprocess.PIPE, **options)
@@ -103,7 +103,7 @@ def _captures(process: psutil.Process) -> bool:
         words = process.cmdline()
     except psutil.Error:
         return False
-    return list(words[1:4]) == ["-m", "kava", "extract"]
+    return bool(words[1:4] == ["-m", "kava", "extract"])
 
 
 @pytest.mark.slow
@@ -128,4 +128,4 @@ def test_several_teachers_slots_and_arms_are_planned(tmp_path: Path, tiny_models
         "compare": 4,
         "compared": 1,
     }
-    assert "kava: recipe" in snakemake(tmp_path, "-n", "--config", "set=train.alhpa=1", code=1)
+    assert "kava: recipe" in snakemake(tmp_path, "-n", more="set=train.alhpa=1", code=1)
