@@ -103,7 +103,7 @@ def _captures(process: psutil.Process) -> bool:
         words = process.cmdline()
     except psutil.Error:
         return False
-    return words[1:4] == ["-m", "kava", "extract"]
+    return list(words[1:4]) == ["-m", "kava", "extract"]
 
 
 @pytest.mark.slow

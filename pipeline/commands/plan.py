@@ -47,8 +47,8 @@ def print_plan(plan: Plan, chosen: list[str], out: Console) -> None:
     for name in plan.geometries:
         try:
             refuse_misfits(run, name)
-        except HubUnreachableError:  # Told below.
-            continue
+        except HubUnreachableError as error:
+            plan.unreached.append(error.name)  # Told of below, once.
         except KavaError as error:
             if not any(str(error) in problem for problem in problems):
                 problems.append(f"{name}: {error}")

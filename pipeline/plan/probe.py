@@ -193,7 +193,7 @@ def _probe_derived(run: Run, name: str, found: Probe) -> None:
 
 
 def _probe_training(run: Run, names: list[str], found: Probe) -> None:
-    from ...train.trainer import train_student
+    from ...train.training import train_student
 
     times: list[float] = []
     targets = KVStore.open(run.target_path(names[0]))

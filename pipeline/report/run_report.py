@@ -243,7 +243,10 @@ def _is_reported(run: Run, name: str) -> bool:
 
 def _provenance(page: Page, run: Run) -> None:
     page.section("Provenance")
-    rows = [["corpus", run.corpus.digest, f"{len(run.corpus)} samples of {run.recipe.corpus.path}"]]
+    try:
+        rows = [["corpus", run.corpus.digest, f"{len(run.corpus)} samples of {run.recipe.corpus.path}"]]
+    except KavaError as error:  # A teacher has not written it yet, or it is on another machine.
+        rows = [["corpus", "-", str(error)]]
     if run.student_dir.is_dir():
         rows.append(
             ["student", str(read_record(run.student_dir).get("key")), str(run.recipe.student.model or "config")]
