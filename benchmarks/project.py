@@ -29,7 +29,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -39,6 +38,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from measure import peak
 
 from kava.extract import Captured, CaptureSettings, Tokens, capture_store
 from kava.pipeline.maps.projector import Projector
@@ -270,7 +270,7 @@ def memory(root: Path) -> None:
         print(f"{MEMORY_SAMPLES * factor:>5} samples: {found.stdout.decode().strip()}", flush=True)
 
 
-def peak(recipe: Path) -> None:
+def grown(recipe: Path) -> None:
     """Runs the pass in this process and prints how much memory it took."""
     stage = ProjectStage(Run(Recipe.model_validate_json(recipe.read_text())), "teacher")
     parent, store = stage.parent(), KVStore.open(stage.output)
@@ -279,20 +279,10 @@ def peak(recipe: Path) -> None:
     longest = max(int(parent.part(part).lengths.max()) for part in parts) * row
     for part in parts:
         store.drop_part(part)
-    process, found, done = psutil.Process(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            found[0] = max(found[0], process.memory_info().rss)
-
-    (watcher := threading.Thread(target=watch)).start()
-    before = process.memory_info().rss
-    run_parts(transform, parts, scheduler="synchronous", on_part=lambda part: None)
-    done.set()
-    watcher.join()
+    with peak() as found:
+        run_parts(transform, parts, scheduler="synchronous", on_part=lambda part: None)
     print(
-        f"{parent.num_tokens * row / 1e6:.0f} MB raw, +{(found[0] - before) / 1e6:.0f} MB; "
-        f"the longest sample has {longest / 1e6:.1f} MB"
+        f"{parent.num_tokens * row / 1e6:.0f} MB raw, +{found[0]:.0f} MB; the longest sample has {longest / 1e6:.1f} MB"
     )
 
 
@@ -317,6 +307,6 @@ def main(samples: str = "64", rounds: str = "5") -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--peak"]:
-        peak(Path(sys.argv[2]))
+        grown(Path(sys.argv[2]))
     else:
         main(*sys.argv[1:])

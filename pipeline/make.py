@@ -92,7 +92,7 @@ def _clear(stage: Stage, force: bool, say: Say) -> str:
         stage.check()
         stage.discard()
         status = stage.status()
-    elif force:
+    elif force and status.state not in ("missing", "blocked"):
         stage.drop_share()
         status = stage.status()
     if status.state == "complete":

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import AlignmentError, StageError
+from ..errors import AlignmentError, StageError, StoreNotFoundError
 from ..extract import Corpus, CorpusSettings, Encoder, load_corpus
 from ..extract.corpus import HeldoutSettings
 from ..extract.generate import GenerateSettings
@@ -370,9 +370,10 @@ class Run(Places):
         how = {"name", "teacher", "logging_steps", "eval_steps", "save_steps", "num_workers"}
         how |= {"measure_steps", "collapse_threshold", "report_to", "reader_threads", "prefetch_steps"}
         stated = settings.model_dump(mode="json", exclude_defaults=True, exclude=how)
+        student = self._student_weights  # First: where nothing is made yet, it is what is to be made first.
         targets = self.open_target(self.teacher_of(settings))
         content = [targets.manifest.fingerprint, targets.content]
-        return digest_json({"settings": stated, "student": self._student_weights, "targets": content})
+        return digest_json({"settings": stated, "student": student, "targets": content})
 
     @cached_property
     def _student_weights(self) -> str:
@@ -387,7 +388,12 @@ class Run(Places):
         """
         fuse = self.recipe.fuse
         if fuse is None or fuse.materialize or name != fuse.name:
-            return KVStore.open(self.target_path(name))
+            path = self.target_path(name)
+            try:
+                return KVStore.open(path)
+            except StoreNotFoundError:
+                verb = "project" if fuse is None or name != fuse.name else "fuse"
+                raise StoreNotFoundError(f"{path} is not made yet; kava {verb}") from None
         view = FusedTargets.open(self.fusion_path(name), {n: self.target_path(n) for n in self.recipe.fused_teachers})
         view.check()
         return view

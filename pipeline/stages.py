@@ -104,7 +104,7 @@ class TrainStage(Stage):
 
     def make(self, scheduler: str | None) -> str:
         """Trains."""
-        from ..train.trainer import train_student
+        from ..train.training import train_student
 
         run = self.run
         store, settings = self.targets(), self.settings

@@ -8,12 +8,13 @@ rewritten store takes its place. A lossy codec or another dtype makes another st
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ManifestMismatchError, RecipeError
 from ..store import CODECS, DTYPES, LOSSY, KVStore, Manifest, PartReader, Split, default_page_tokens, library_versions
-from .parallel import run_parts
+from .parallel import ahead, run_parts
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,14 @@ class Transcoding:
         """
         source, out = KVStore.open(self.source), KVStore.open(self.out)
         reader = source.part(part)
-        with out.write_part(part) as writer:
+        good = [position for position in reader.order if position not in reader.failed]
+        with out.write_part(part) as writer, closing(ahead(reader.sample, good)) as samples:
             for position in reader.order:
                 if position in reader.failed:
                     split = Split(int(reader.splits[position]))
                     writer.fail(position, reader.ids[position], split, reader.failed[position])
                 else:
-                    writer.append(position, reader.sample(position))
+                    writer.append(position, next(samples))
             same = source.manifest.fingerprint == out.manifest.fingerprint
             writer.commit(
                 reader.sources if same else {"transcoded": reader.content},

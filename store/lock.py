@@ -2,7 +2,7 @@
 
 A lock saves work, it does not guard anything: what is made under one gets a name of its own and is renamed when it is
 whole, so where a file system knows no locks two processes make the same bytes, and one of them in vain. The kernel
-lets go of a lock when its holder dies.
+lets go of a lock when its holder dies; one that hangs is waited for `PATIENCE` seconds.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, TypeVar
 
+from ..errors import KavaError
 from .files import disk_errors
 
 T = TypeVar("T")
+PATIENCE: Final = 600.0
+"""Seconds after which a lock is done without: its holder's machine may hang, or be gone with a file server's lock."""
 _NO_LOCKS: Final = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
@@ -41,42 +45,57 @@ def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[N
 
 
 class Lock:
-    """A lock that is held, from any thread."""
+    """A lock that is held, from any thread; or one that was waited for too long, and is done without."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    def __init__(self, path: Path, descriptor: int | None) -> None:
         self._path, self._descriptor = path, descriptor
 
     @classmethod
     def take(cls, path: Path, *, wait: bool = False) -> Lock | None:
         """The lock of the file `path`; None if another holds it and `wait` is not set."""
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            while True:
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                    if _is_at(descriptor, path):
-                        return cls(path, descriptor)
-                except BlockingIOError:
-                    os.close(descriptor)
+        began, pause = time.monotonic(), 0.01
+        while True:
+            try:
+                with disk_errors(path):
+                    return cls(path, _try(path))
+            except _HeldError:
+                if not wait:
                     return None
-                except OSError as error:
-                    if error.errno in _NO_LOCKS:
-                        return cls(path, descriptor)
-                    os.close(descriptor)
-                    raise
-                except BaseException:  # A signal while waiting.
-                    os.close(descriptor)
-                    raise
-                os.close(
-                    descriptor
-                )  # Its holder removed it between opening and locking; the next one has another file.
+            if time.monotonic() - began > PATIENCE:
+                return cls(path, None)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
 
     def release(self) -> None:
         """Lets go of it."""
+        if self._descriptor is None:
+            return
         with suppress(OSError):  # In this order: once it is let go of, it may be another's.
             self._path.unlink()
         os.close(self._descriptor)
+
+
+class _HeldError(KavaError):
+    """Another process holds it."""
+
+
+def _try(path: Path) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(descriptor, path):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise _HeldError from None
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return descriptor
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # Its holder removed it between opening and locking; the next one has another file.
 
 
 def claimed(items: Iterable[T], take: Callable[[T, bool], Lock | None]) -> Iterator[tuple[T, Lock]]:

@@ -25,6 +25,13 @@ ROOMS = ("store", "extract", "pipeline", "train")
 GROUP: Any = typer.main.get_command(app)
 PLAIN = {"cd", "export", "git", "mkdir", "rm", "scancel", "squeue", "tail", "tensorboard"}
 """Commands of other programs of which nothing can be wrong but what the reader sees."""
+GEOMETRIES = {
+    "Qwen/Qwen2-7B": (28, 4, 128),
+    "Qwen/Qwen2.5-1.5B": (28, 2, 128),
+    "mistralai/Mistral-7B-v0.3": (32, 8, 128),
+    "TinyLlama/TinyLlama_v1.1": (22, 4, 64),
+}
+"""Layers, KV heads and head_dim, by the models' config.json."""
 
 
 def test_command_pages_are_up_to_date() -> None:
@@ -142,8 +149,18 @@ def test_notebooks_have_no_outputs() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "workflows").glob("*.yaml")), ids=lambda p: p.name)
-def test_recipes_load(path: Path) -> None:
-    load_recipe(path)
+def test_recipes_load_and_state_what_models_have(path: Path) -> None:
+    recipe = load_recipe(path)
+    for model, stated in [(t.model, t.geometry) for t in recipe.teachers.values()] + [
+        (recipe.student.model, recipe.student.geometry)
+    ]:
+        if model in GEOMETRIES:
+            assert stated is not None
+            assert (stated.num_layers, *stated.shape[1:]) == GEOMETRIES[model]
+        else:
+            assert model is None or model.startswith("package:"), f"{model}: add its geometry here"
+    if recipe.corpus.path == "openai/gsm8k":
+        assert (recipe.corpus.fields.prompt, recipe.corpus.fields.answer) == ("question", "answer")
 
 
 def test_the_readmes_tree_is_the_tree() -> None:

@@ -137,7 +137,9 @@ def test_other_tokens_are_refused_before_the_capture(tmp_path: Path, models: dic
     other = models | {"student": models["teacher"].parent / "student"}
     recipe = _recipe(tmp_path / "tokenizer", other)
     wanted = "the tokenizer of teacher big is not the student's"
-    assert wanted in " ".join(kava("run", recipe, "--dry-run").split())
+    planned = " ".join(kava("run", recipe, "--dry-run").split())
+    assert wanted in planned
+    assert "the 400 likeliest next tokens, 3204 bytes per token" in planned
     assert wanted in " ".join(kava("run", recipe, code=2).split())
     assert not (tmp_path / "tokenizer/run/teachers/big.zarr").exists()
     recipe = _recipe(tmp_path / "template", models, student={"chat_template": True})

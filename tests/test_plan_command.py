@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 from fixtures.command import kava, write_recipe
+from fixtures.stores import mounted
+from fixtures.tokenizers import TEXTS
 
+from kava.extract import Corpus, Encoder, Record
+from kava.hub import find_model, load_tokenizer
 from kava.pipeline import load_recipe
+from kava.pipeline.plan.tokens import count_tokens
 from kava.pipeline.run import Run
 from kava.pipeline.stages import stages_of
 from kava.pipeline.store_stages import StoreStage
-from kava.store import KVStore
+from kava.store import KVStore, Segment
 
 # Everything that is a store, with arrays of its own: signals, slots, two teachers as one.
 CHANGES: dict[str, Any] = {"resample": {"materialize": True}, "fuse": {}, "select": {"tokens": 4, "method": "uniform"}}
@@ -32,7 +38,8 @@ def _recipe(root: Path, models: dict[str, Path], **changes: Any) -> Path:
 
 
 def _plan(*arguments: Any) -> dict[str, Any]:
-    return dict(json.loads(kava("plan", *arguments, "--json")))
+    printed = kava("plan", *arguments, "--json")  # Progress is on the other stream.
+    return dict(json.loads(printed[printed.index("{\n") : printed.rindex("\n}") + 2]))
 
 
 def _check_sizes(plan: dict[str, Any], recipe: Path, overrides: list[str]) -> None:
@@ -46,8 +53,10 @@ def _check_sizes(plan: dict[str, Any], recipe: Path, overrides: list[str]) -> No
         assert told["tokens"] == store.num_tokens, label
         assert told["parts"] == store.manifest.num_parts == len(store.committed_parts()), label
         assert told["files"] == sum(path.is_file() for path in store.path.rglob("*")), label
-        assert told["bytes"] == pytest.approx(store.size_on_disk(), rel=0.02), label
-    assert plan["bytes"] == pytest.approx(sum(KVStore.open(s.output).size_on_disk() for s in stages.values()), rel=0.02)
+        exact = 0.02 if told["estimated"] is None else 0.1  # Of fused numbers it is not measured how they compress.
+        assert told["bytes"] == pytest.approx(store.size_on_disk(), rel=exact), label
+    total = sum(KVStore.open(stage.output).size_on_disk() for stage in stages.values())
+    assert plan["bytes"] == pytest.approx(total, rel=0.02)
 
 
 def test_planned_bytes_are_those_on_disk(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
@@ -79,3 +88,67 @@ def test_a_probe_measures_compression(tmp_path: Path, tiny_models: dict[str, Pat
     assert all(seconds > 0 for seconds in plan["seconds"].values())
     kava("run", recipe, *options, "--until", "fuse")
     _check_sizes(plan, recipe, overrides)
+
+
+def test_a_run_that_cannot_fit_is_refused(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    recipe, disk = _recipe(tmp_path, tiny_models), tmp_path / "disk"
+    with mounted(disk, "-t", "tmpfs", "-o", "size=256k", "tmpfs"):
+        printed = kava("plan", recipe, "-s", f"run_dir={disk}/run", code=2)
+        assert f"does not fit: {disk} has 262.1 kB free" in printed
+        found = kava("plan", recipe, "-s", f"run_dir={disk}/run", "--json", code=2)
+        plan = json.loads(found[: found.rindex("}") + 1])
+        assert plan["disks"] == [{"path": str(disk), "needed": plan["bytes"], "free": 262144, "fits": False}]
+        assert f"{(plan['bytes'] - 262144) / 1e6:.1f} MB too little" in plan["refusals"][0]
+        assert not list(disk.iterdir())
+        assert "does not fit" not in kava("run", recipe, "--dry-run", "-s", f"run_dir={disk}/run")
+
+
+def test_what_would_make_it_smaller(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    """Each change by itself takes what the plan of the changed recipe says."""
+    recipe = _recipe(tmp_path, tiny_models, select=None, fuse=None)
+    plan = _plan(recipe)
+    assert {
+        "extract.dtype: bfloat16",
+        "extract.codec: int8",
+        "extract.keep: target",
+        "resample.materialize: false",
+    } <= {saving["change"] for saving in plan["smaller"]}
+    assert [s["saves"] for s in plan["smaller"]] == sorted((s["saves"] for s in plan["smaller"]), reverse=True)
+    for saving in plan["smaller"]:
+        if saving["change"].startswith(("extract.codec", "extract.dtype", "resample")):
+            assert _plan(recipe, "-s", saving["change"].replace(": ", "="))["bytes"] == saving["bytes"]
+            assert plan["bytes"] - saving["bytes"] == saving["saves"] > 0
+    assert "samples are longer than the 256 tokens that big reads" in kava(
+        "plan", recipe, "-s", "corpus.separator=" + "x" * 200
+    )
+
+
+def test_tokens_of_a_sample_lie_in_their_interval(tiny_models: dict[str, Path]) -> None:
+    rng = Random(0)
+    words = [text for text in TEXTS for _ in range(3)] + ["é中文😀" * 3, "0123456789 " * 4]
+    texts = ["".join(rng.choice(words) for _ in range(rng.randint(1, 6))) for _ in range(120)]
+    corpus = Corpus([Record(str(n), text, ((0, len(text), Segment.PROMPT),), ()) for n, text in enumerate(texts)])
+    encoder = Encoder(load_tokenizer(find_model(str(tiny_models["teacher"]))))
+    exact = count_tokens(encoder, corpus)
+    assert exact.rows() == sum(len(encoder.encode(record)) for record in corpus.records)
+    assert exact.rows(16) == sum(-(-len(encoder.encode(r)) // 16) * 16 for r in corpus.records)
+    assert exact.error == 0
+    found = [count_tokens(encoder, corpus, 30, seed) for seed in range(40)]
+    inside = [abs(count.rows() - exact.rows()) <= count.error * count.rows() for count in found]
+    assert sum(inside) >= 34  # Of a 95 % interval.
+    assert all(0 < count.error < 0.2 for count in found)
+    some = range(0, 120, 2)
+    assert exact.rows(1, some) == sum(exact.lengths[i] for i in some)
+
+
+def test_memory_counts_weights_once(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    from kava.hub import load_model
+
+    recipe = _recipe(tmp_path, tiny_models)
+    memory = _plan(recipe, "-s", "teachers.big.device=cpu")["memory"][0]
+    model = load_model(find_model(str(tiny_models["teacher"])), dtype="float32")
+    assert memory["weights"] == sum(p.numel() * 4 for p in model.parameters())
+    assert memory["kv"] == 2 * 4096 * 1280
+    assert memory["needed"] > memory["weights"] + memory["kv"] + memory["activations"]
+    assert memory["fits"] is True
+    assert memory["available"] > 0

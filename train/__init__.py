@@ -1,9 +1,9 @@
 """The student: trained from cached targets alone.
 
 Nothing here imports an extraction backend or opens a teacher's weights; all that is known of the teacher is in the
-target store. `student` makes the student, `data` reads targets, `losses` compares, `trainer` is the Hugging Face
-Trainer with one loss of its own. Names that need torch are imported when they are first used, so that reading a recipe
-does not load it.
+target store. `student` makes the student, `data` reads targets, `losses` compares, `training` is a training as a whole,
+`trainer` the Hugging Face Trainer with one loss of its own. Names that need torch are imported when they are first
+used, so that reading a recipe does not load it.
 """
 
 from importlib import import_module
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .data import TargetCollator, TargetDataset
     from .losses import LOSSES, KVLoss
     from .student import load_student, make_student
-    from .trainer import TrainResult, train_student
+    from .training import TrainResult, train_student
 
 _LAZY = {
     "TargetCollator": "data",
@@ -24,8 +24,8 @@ _LAZY = {
     "KVLoss": "losses",
     "load_student": "student",
     "make_student": "student",
-    "TrainResult": "trainer",
-    "train_student": "trainer",
+    "TrainResult": "training",
+    "train_student": "training",
 }
 
 __all__ = [

@@ -18,8 +18,8 @@ from .settings import TrainSettings
 
 
 @dataclass(frozen=True)
-class _TrainingRows:
-    """The rows of each batch of one rank: of every global batch, its own run of them."""
+class TrainingRows:
+    """The rows of each batch of one rank: of every batch of all, its own run of them."""
 
     order: Order
     rows: int
@@ -27,6 +27,7 @@ class _TrainingRows:
     ranks: int
 
     def __call__(self, number: int) -> list[Row]:
+        """Those of batch `number`."""
         first = (number * self.ranks + self.rank) * self.rows
         return self.order.rows(first, self.rows)
 
@@ -98,7 +99,7 @@ class Feed:
         The first call says where to begin; steps then follow each other.
         """
         if self._loader is None:
-            rows = _TrainingRows(self.order, self._rows, self._ranks.rank, self._ranks.size)
+            rows = TrainingRows(self.order, self._rows, self._ranks.rank, self._ranks.size)
             batches = Batches(self._datasets[Split.TRAIN], self._collator, rows, self.num_batches)
             self._loader = self._open(batches, step * self._accumulated)
         return self._loader.take(count)

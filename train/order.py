@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -96,7 +97,7 @@ class Order:
             )
         self._starts = list(state["starts"])
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Of all that determines the order."""
         settings = [self._seed, self._window, self._group, self._pack_tokens]

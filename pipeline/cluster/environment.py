@@ -14,6 +14,8 @@ from ...errors import RecipeError
 
 _TORCHRUN: Final = ("RANK", "WORLD_SIZE")
 _ARRAY: Final = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX")
+_NO_STEP: Final = 0xFFFFFFF0
+"""Numbers from here on are not those of steps that srun started: the batch script has one of them, or none."""
 _STEP_SIZE: Final = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
 
 
@@ -52,15 +54,16 @@ def _step(given: Mapping[str, int]) -> tuple[int, int] | None:
     size = next((name for name in _STEP_SIZE if name in given), None)
     if "SLURM_PROCID" not in given and size is None:
         return None
+    in_script = "SLURM_JOB_ID" in given and given.get("SLURM_STEP_ID", _NO_STEP) >= _NO_STEP
     if "SLURM_PROCID" not in given or size is None:
-        if size == "SLURM_NTASKS" and given[size] == 1:
+        if (size == "SLURM_NTASKS" and given[size] == 1) or (in_script and size is None and given["SLURM_PROCID"] == 0):
             return 0, 1
         missing = "SLURM_PROCID" if size else "SLURM_NTASKS"
         raise RecipeError(
             f"--rank auto: {_told(given, 'SLURM_PROCID', *_STEP_SIZE)} but no {missing}: start kava with srun"
         )
     # In the batch script itself SLURM_NTASKS is the allocation's, and nobody runs the other ranks.
-    if "SLURM_JOB_ID" in given and "SLURM_STEP_ID" not in given and given[size] > 1:
+    if in_script and given[size] > 1:
         raise RecipeError(
             f"--rank auto: {size}={given[size]} but no SLURM_STEP_ID: this is the batch script, whose other "
             f"{given[size] - 1} tasks nobody starts; write srun before kava"

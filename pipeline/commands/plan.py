@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ...errors import KavaError
+from ...errors import HubUnreachableError, KavaError
 from ...store import KVGeometry
 from ...store.dtypes import dtype_of
 from ...store.manifest import default_page_tokens
@@ -47,8 +47,10 @@ def print_plan(plan: Plan, chosen: list[str], out: Console) -> None:
     for name in plan.geometries:
         try:
             refuse_misfits(run, name)
+        except HubUnreachableError as error:
+            plan.unreached.append(error.name)  # Told of below, once.
         except KavaError as error:
-            if f"{name}: {error}" not in problems and not any(str(error) in problem for problem in problems):
+            if not any(str(error) in problem for problem in problems):
                 problems.append(f"{name}: {error}")
     if plan.corpus is not None:
         size = sum(len(record.text.encode()) for record in plan.corpus.records)
@@ -98,6 +100,8 @@ def _print_maps(run: Run, name: str, teacher: KVGeometry, student: KVGeometry, o
         out.print(
             f"  {label:<17} {raw:,} bytes per token ({settings.dtype}, raw), {settings.codec}, pages of {page} tokens"
         )
+    if (top := recipe.extract.logits) is not None:
+        out.print(f"  logits            the {top} likeliest next tokens, {8 * top + 4} bytes per token")
     if (select := recipe.select) is not None:
         kept, dtype = (
             (teacher, recipe.extract.dtype) if select.geometry == "teacher" else (student, recipe.project.dtype)

@@ -6,19 +6,21 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from ...errors import CorpusError, HubUnreachableError, KavaError, StageError
 from ...extract import Corpus
 from ...store import CODECS, LOSSY, KVGeometry, KVStore
 from ...store.files import size_of
-from ..recipe import Recipe
+from ..recipe import Recipe, SelectSettings
 from ..run import Run
 from .memory import Memory, context_length, teacher_memory
 from .probe import Probe, run_probe
 from .stores import Counts, PlannedStore, planned_stores
 
 T = TypeVar("T")
+_SLOTS: Final = 24
+"""Slots of each sample in KaVa's runs, where the recipe states no number."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,7 @@ def _savings(plan: Plan, stores: Callable[[Run], list[PlannedStore]]) -> list[Sa
         total = sum(store.size.bytes for store in stores(Run(_changed(recipe, sections))))
         if total < plan.bytes:
             found.append(Saving(change, total, plan.bytes - total))
-    found += _fewer_layers(plan) + _slots_alone(plan)
+    found += _fewer_layers(plan) + _slots_alone(plan, stores)
     return sorted(found, key=lambda saving: -saving.saves)
 
 
@@ -240,13 +242,19 @@ def _fewer_layers(plan: Plan) -> list[Saving]:
     return [Saving(f"a student of {half} layers instead of {plan.student.num_layers}", plan.bytes - saves, saves)]
 
 
-def _slots_alone(plan: Plan) -> list[Saving]:
-    """Captures removed once R-KV has filled slots from them."""
-    slots = [s for s in plan.stores if s.label.startswith("select ")]
-    captures = sum(s.size.bytes for s in plan.stores if s.label.startswith("extract "))
-    if not slots:
+def _slots_alone(plan: Plan, stores: Callable[[Run], list[PlannedStore]]) -> list[Saving]:
+    """Captures removed once slots are filled from them."""
+    recipe = plan.run.recipe
+    if plan.student is None or recipe.extract.keep == "target":
         return []
-    return [Saving("removing the captures after kava select, keeping slots", plan.bytes - captures, captures)]
+    settings, total = recipe.select, plan.bytes
+    if settings is None:
+        settings = SelectSettings(tokens=_SLOTS)
+        planned = stores(Run(recipe.model_copy(update={"select": settings})))
+        total += sum(s.size.bytes for s in planned if s.label.startswith("select "))
+    captures = sum(s.size.bytes for s in plan.stores if s.label.startswith("extract "))
+    change = f"captures removed after kava select, which keeps {settings.tokens} slots of each sample"
+    return [Saving(change, total - captures, plan.bytes - total + captures)] if total - captures < plan.bytes else []
 
 
 def _changed(recipe: Recipe, sections: dict[str, dict[str, Any]]) -> Recipe:
@@ -255,7 +263,7 @@ def _changed(recipe: Recipe, sections: dict[str, dict[str, Any]]) -> Recipe:
 
 
 def _times(plan: Plan) -> None:
-    """Seconds of each stage in one process on this machine, by tokens; and epochs until offline is the shorter way."""
+    """Seconds of each stage as a command of its own on this machine; and epochs until offline is the shorter way."""
     probe, counts, run = plan.probe, plan.counts, plan.run
     assert probe is not None
     assert counts is not None
@@ -264,9 +272,9 @@ def _times(plan: Plan) -> None:
     forward = once = read = 0.0
     for name, found in probe.teachers.items():
         seconds = counts.teacher(name).rows() * found.per_token
-        plan.times[f"extract {name}"] = found.load + seconds
+        plan.times[f"extract {name}"] = probe.start + found.load + seconds
         fit = found.fit_per_token * (calibration or student)
-        plan.times[f"project {name}"] = fit + student * found.derive_per_token
+        plan.times[f"project {name}"] = probe.start + fit + student * found.derive_per_token
         forward += seconds
         once += plan.times[f"extract {name}"] + plan.times[f"project {name}"]
         read += student * found.read_per_token
@@ -274,7 +282,7 @@ def _times(plan: Plan) -> None:
         plan.times["reference"] = calibration * probe.reference_per_token
         once += plan.times["reference"]
     if probe.step is not None:
-        plan.times["train"] = probe.step * run.recipe.train.max_steps
+        plan.times["train"] = probe.start + probe.step * run.recipe.train.max_steps
     # Live, every epoch pays the teachers' forward passes; offline they are paid once, and every epoch reads targets.
     plan.break_even_epochs = once / (forward - read) if forward > read else None
 

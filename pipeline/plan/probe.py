@@ -1,13 +1,16 @@
 """A short run of the real thing: the recipe's own stages on a few of its samples, in a temporary folder, timed.
 
-What is measured is what the run will do: the teacher's forward passes with writing, the fit, the pass over parts, steps
-of training; and how well this teacher's numbers compress under every codec.
+The student has the tokenizer that it will have. What is measured is what the run will do: the teacher's forward passes
+with writing, the fit, the pass over parts, steps of training; and how well this teacher's numbers compress under every
+codec.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,9 +22,10 @@ from typing import Any, Final
 from ...extract import Corpus, CorpusSettings, Record, capture_store
 from ...extract.corpus import HeldoutSettings
 from ...store import CODECS, LOSSY, KVStore, Segment, Split
+from ...store.files import write_atomic
 from ..capture_stages import ExtractStage, ReferenceStage
+from ..places import RECORD
 from ..run import Run
-from ..stages import StudentStage
 from ..store_stages import ProjectStage, ResampleStage, StoreStage
 from ..teachers import open_teacher
 from ..transcode import transcode_store
@@ -58,6 +62,8 @@ class Probe:
     """Of the first teacher, in parts that were counted."""
     teachers: dict[str, TeacherProbe] = field(default_factory=dict)
     reference_per_token: float = 0.0
+    start: float = 0.0
+    """Of a command that finds nothing to do: imports, tokenizers, manifests."""
     step: float | None = None
     """Of one training step; None if it was not measured."""
     bytes_per_token: dict[tuple[str, str, str], float] = field(default_factory=dict)
@@ -78,19 +84,29 @@ def run_probe(run: Run, corpus: Corpus, counts: Counts, names: list[str], folder
     Raises:
         KavaError: whatever the stages raise.
     """
-    found = Probe()
+    from ...train.student import make_student
+
+    found, recipe = Probe(), run.recipe
     with tempfile.TemporaryDirectory(prefix="kava-probe-", dir=folder) as place:
         small = _small_run(run, corpus, counts, names, Path(place))
         found.samples = len(small.corpus)
-        StudentStage(small).make(None)
+        make_student(recipe.student, small.student_dir, counts.student_texts())
+        write_atomic(small.student_dir / RECORD, json.dumps({"key": small.student_key}).encode())
         for name in names:
             found.teachers[name] = TeacherProbe()
             _probe_capture(small, name, found)
+        small.recipe.save(Path(place) / "recipe.yaml")
+        command = [sys.executable, "-m", "kava", "extract", str(Path(place) / "recipe.yaml")]
+        with _timed() as took:
+            subprocess.run(command, capture_output=True, check=False)
+        found.start = took[0]
         if small.needs_reference:
             stage = ReferenceStage(small)
             began = time.perf_counter()
             stage.make(None)
-            found.reference_per_token = (time.perf_counter() - began) / KVStore.open(stage.output).num_tokens
+            seconds, store = time.perf_counter() - began, KVStore.open(stage.output)
+            found.reference_per_token = seconds / max(store.num_tokens, 1)
+            found.bytes_per_token[stage.label, "float32", store.manifest.codec] = paged_bytes(store)
         for name in names:
             _probe_derived(small, name, found)
         _probe_training(small, names, found)
@@ -177,7 +193,7 @@ def _probe_derived(run: Run, name: str, found: Probe) -> None:
 
 
 def _probe_training(run: Run, names: list[str], found: Probe) -> None:
-    from ...train.trainer import train_student
+    from ...train.training import train_student
 
     times: list[float] = []
     targets = KVStore.open(run.target_path(names[0]))

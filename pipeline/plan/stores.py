@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...errors import KavaError
+from ...errors import HubUnreachableError, KavaError
 from ...extract import Corpus, Encoder
 from ...extract.signals import signal_arrays
 from ...hub import load_tokenizer, token_digests
@@ -15,6 +15,7 @@ from ...store import ExtraArray, KVGeometry, Manifest, ModelIdentity, Split, def
 from ...store.dtypes import dtype_of
 from ..parts import BYTES_PER_TOKEN, draw_calibration
 from ..parts import samples_per_part as parts_of
+from ..places import read_record
 from ..run import Run
 from ..transform import inherited_extras
 from .sizes import StoreSize, store_size
@@ -55,12 +56,19 @@ class Counts:
         """On the student's time axis."""
         return self._count("student", self._student_encoder)
 
+    def student_texts(self) -> list[str]:
+        """What a tokenizer of the student's own is trained on; of a sample, fewer, which cut alike."""
+        train = self.corpus.split(Split.TRAIN)
+        chosen = train if self.sample is None else train[: 10 * self.sample]
+        return [self.corpus.records[i].text for i in chosen]
+
     def _count(self, key: str, encoder: Callable[[], Encoder]) -> TokenCount:
         if key not in self._found:
             try:
                 self._found[key] = count_tokens(encoder(), self.corpus, self.sample)
             except KavaError as error:
-                self._problems.append(f"tokens of {key}: {error}; planned with one for {BYTES_PER_TOKEN} bytes of text")
+                why = "the hub has its tokenizer" if isinstance(error, HubUnreachableError) else error
+                self._problems.append(f"tokens of {key}: {why}; at most one for {BYTES_PER_TOKEN} bytes of text")
                 self._found[key] = at_most(self.corpus, BYTES_PER_TOKEN)
                 self.bounds.add(key)
         return self._found[key]
@@ -69,13 +77,10 @@ class Counts:
         from ...train.student import student_tokenizer
 
         settings = self.run.recipe.student
-        if self.run.student_dir.is_dir():
+        if read_record(self.run.student_dir).get("key") == self.run.student_key:
             tokenizer = load_tokenizer(self.run.student_source)
         else:
-            texts = [self.corpus.records[i].text for i in self.corpus.split(Split.TRAIN)]
-            if self.sample is not None:  # An estimate is wanted soon, and a tokenizer of fewer texts cuts alike.
-                texts = texts[: 10 * self.sample]
-            tokenizer = student_tokenizer(settings, texts)
+            tokenizer = student_tokenizer(settings, self.student_texts())
         return Encoder(tokenizer, chat_template=settings.chat_template, add_eos=True)
 
 
@@ -110,8 +115,12 @@ def planned_stores(
     )
 
     def add(label: str, path: Path, count: TokenCount, manifest: Manifest, **among: Any) -> None:
-        known = (measured or {}).get((label, manifest.dtype, manifest.codec))
+        # Fusing is not probed: it mixes the numbers of targets, which are.
+        like = f"project {recipe.fused_teachers[0]}" if label == "fuse" else label
+        known = (measured or {}).get((like, manifest.dtype, manifest.codec))
         sized = store_size(manifest, count, measured=known, **among)
+        if known is not None and like != label:
+            sized = replace(sized, estimated="as its teachers' targets")
         chosen = among.get("parts", manifest.num_parts)
         found.append(PlannedStore(label, path, manifest, chosen, among.get("among"), count, sized))
 

@@ -35,6 +35,9 @@ def step(rank: int, size: int) -> dict[str, str]:
         (step(0, 1), (0, 1)),
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, (0, 1)),
         (array(3, 8), (3, 8)),
+        # The batch script of an array, without srun.
+        ({**array(3, 8), "SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}, (3, 8)),
+        ({**array(3, 8), "SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967291"}, (3, 8)),
         (array(12, 3, first=10), (2, 3)),
         (array(14, 3, first=10, step=4), (1, 3)),
         ({**array(3, 8), **step(0, 1)}, (3, 8)),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from kava.pipeline.fuse.rules import Weighting
 from kava.pipeline.fuse.view import FusedTargets
 from kava.store import KVStore, Split
 from kava.train import TargetCollator, TargetDataset
+from kava.train.feed import TrainingRows
 from kava.train.loader import Batches, ProcessLoader, ThreadedLoader
-from kava.train.order import Order, Row
+from kava.train.order import Order
 
 LENGTHS = [9, 14, 6, 11, 8, 17, 5, 12, 10, 4, 7, 13]
 COLLATOR = TargetCollator(0, ("prompt", "rationale", "answer"))
@@ -32,14 +32,10 @@ def store(tmp_path: Path) -> KVStore:
     return made
 
 
-def _rows(order: Order, size: int, number: int) -> list[Row]:
-    return order.rows(number * size, size)
-
-
 def _batches(store: Any, count: int = 9, size: int = 3, *, pack_tokens: int | None = None, **what: Any) -> Batches:
     dataset = TargetDataset(store, Split.TRAIN, **what)
     order = Order(dataset.lengths, dataset.parts, seed=0, pack_tokens=pack_tokens)
-    return Batches(dataset, COLLATOR, partial(_rows, order, size), count)
+    return Batches(dataset, COLLATOR, TrainingRows(order, size, rank=0, ranks=1), count)
 
 
 def _copied(batch: dict[str, Any]) -> dict[str, Any]:

@@ -193,6 +193,18 @@ def test_padding_has_no_part_in_it(targets: KVStore) -> None:
     np.testing.assert_array_equal(batch["logit_ids"][1].numpy(), targets[1].extras["logit_ids"])
 
 
+def test_a_step_is_its_tokens_however_they_are_cut(
+    targets: KVStore, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    found = []
+    for name, changes in (("one", {"batch_size": 6}), ("three", {"batch_size": 2, "gradient_accumulation_steps": 3})):
+        settings = {"logits": {"weight": 3}, "arguments": {"optim": "sgd"}, "learning_rate": 1e-2, **changes}
+        found.append(_train(tiny_models["student"], targets, tmp_path / name, **settings)[:4])
+    for one, three in zip(*found, strict=True):
+        for term in ("loss", "logits", "ce", "kv", "grad_norm"):
+            assert one[term] == pytest.approx(three[term], rel=1e-4)
+
+
 def test_packed_samples_do_not_see_each_other(targets: KVStore, tiny_models: dict[str, Path], tmp_path: Path) -> None:
     """All samples in one step, a row each or all in one: the same means, whoever is behind whom."""
     found = []

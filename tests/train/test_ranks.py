@@ -111,8 +111,12 @@ def _weights(recipe: Path, name: str) -> dict[str, torch.Tensor]:
             {"batch_size": 3, "group_by_length": True, "lora": {"r": 4}},
             {"batch_size": 6, "group_by_length": True, "lora": {"r": 4}},
         ),
+        (
+            {"batch_size": 2, "projector": "learned", "projector_learning_rate": 1e-2, "max_grad_norm": 0.01},
+            {"batch_size": 4, "projector": "learned", "projector_learning_rate": 1e-2, "max_grad_norm": 0.01},
+        ),
     ],
-    ids=["rows", "packed", "lora"],
+    ids=["rows", "packed", "lora", "projector"],
 )
 def test_two_ranks_train_as_one(recipe: Path, tmp_path: Path, tiny_models: dict[str, Path], two: Any, one: Any) -> None:
     """The same global batches: equal loss, KV loss of each layer, gradient norm and held-out metrics; equal weights."""

@@ -1,0 +1,133 @@
+"""A training from beginning to end: what is loaded, checked, trained on and left behind."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PrinterCallback
+
+from ..errors import RetryLaterError, StageError
+from ..store import Split
+from ..store.files import disk_errors
+from .arguments import last_checkpoint, training_arguments
+from .callbacks import Log, Steps, StopOnSignal
+from .checks import check_packing, check_targets
+from .data import TargetCollator, TargetDataset, Targets
+from .feed import Feed
+from .lora import add_lora, save_merged
+from .objective import Objective
+from .ranks import Ranks, agreed
+from .settings import TrainSettings
+from .student import load_student
+from .trackers import check_trackers
+from .trainer import KVTrainer
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training ended with."""
+
+    steps: int
+    metrics: dict[str, float]
+    """Held-out: `ce` in nats per token, `ce_per_byte`, `perplexity`, `kv`, and `logits` in nats per token."""
+    alpha: float
+    """The weight of the KV loss, without its schedule: as it was set, or as it was found."""
+
+
+def train_student(
+    student: Path,
+    store: Targets,
+    out: Path,
+    settings: TrainSettings,
+    *,
+    corpus_digest: str | None = None,
+    on_step: Callable[[int, int], None] = lambda step, total: None,
+    ranks: Ranks | None = None,
+) -> TrainResult:
+    """Trains the student in folder `student` on the targets of `store` and saves it to `out`.
+
+    An interrupted run goes on at its last checkpoint, and ends as it would have without the interruption. SIGTERM and
+    SIGUSR1 write one after the step in hand.
+
+    Args:
+        student: a folder with model and tokenizer.
+        store: a complete target store.
+        out: the new folder; logs lie beside the weights.
+        settings: see `TrainSettings`.
+        corpus_digest: the corpus that the targets must be of; None to accept any.
+        on_step: called with the step reached and the last one.
+        ranks: the processes that train together, of which only the first writes; None for this one alone.
+
+    Raises:
+        StageError: if the store is not made for this student, or the KV loss would have no gradient; before the first
+            update.
+        TrainingError: if a loss or a gradient is not finite; the last checkpoint stays.
+        RetryLaterError: after a signal to stop.
+        BackendNotInstalledError: if a tracker or peft is not installed.
+    """
+    ranks = ranks or Ranks()
+    check_trackers(settings.report_to)
+    torch.manual_seed(settings.seed)
+    model, tokenizer = load_student(student)
+    check_targets(store, model, tokenizer, corpus_digest, logits=settings.logits is not None)
+    objective = Objective.for_store(store, settings)
+    loss = objective.kv_loss
+    names, layers = ((), ()) if loss is None else (loss.names, loss.layers)
+    logits = settings.logits is not None
+    datasets = {s: TargetDataset(store, s, names=names, layers=layers, logits=logits) for s in Split}
+    if not len(datasets[Split.TRAIN]):
+        raise StageError(f"{store.path}: there is no training sample in it")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if settings.lora is not None:
+        model = add_lora(model, settings.lora)
+    if settings.pack_tokens is not None:
+        check_packing(model)
+    args = training_arguments(settings, out, has_heldout=len(datasets[Split.HELDOUT]) > 0)
+    collator = TargetCollator(pad or 0, tuple(settings.ce_segments))
+    feed = Feed(datasets, collator, settings, args, ranks)
+    checkpoint, begun = ranks.first(lambda: last_checkpoint(out / "checkpoints"))
+
+    with (
+        disk_errors(out),
+        StopOnSignal(ranks) as stop,
+        closing(Log(out, begun, ranks, settings.report_to)) as log,
+        closing(feed),
+    ):
+        trainer = KVTrainer(
+            model=model,
+            args=args,
+            train_dataset=datasets[Split.TRAIN],
+            eval_dataset=datasets[Split.HELDOUT],
+            data_collator=collator,
+            callbacks=[*log.callbacks, Steps(on_step), stop],
+            objective=objective,
+            settings=settings,
+            feed=feed,
+            ranks=ranks,
+            warn=log.warn,
+        )
+        trainer.remove_callback(PrinterCallback)
+        if checkpoint is not None:
+            trainer.load_state(checkpoint)
+        if not trainer.finished:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if stop.agree():
+            raise agreed(
+                RetryLaterError(
+                    f"{out}: stopped by {stop.caught} after step {trainer.state.global_step} with a checkpoint; the "
+                    "same command goes on from there"
+                )
+            )
+        metrics = trainer.evaluate() if len(datasets[Split.HELDOUT]) else {}
+        if ranks.is_first:
+            (model if settings.lora is None else save_merged(model, out)).save_pretrained(out)
+            tokenizer.save_pretrained(out)
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        ranks.wait()
+    metrics = {name.removeprefix("heldout_"): value for name, value in metrics.items() if name.startswith("heldout_")}
+    return TrainResult(int(trainer.state.global_step), metrics, trainer.alpha)
