@@ -180,7 +180,14 @@ def test_tinyllama_size_against_qwen2_7b_geometry(tmp_path: Path, capsys: pytest
             )
         writer.commit()
     settings = TrainSettings.model_validate(
-        {"max_steps": 3, "batch_size": 1, "logging_steps": 1, "learning_rate": 1e-3, "arguments": {"optim": "sgd"}}
+        {
+            "max_steps": 3,
+            "alpha": 1.0,
+            "batch_size": 1,
+            "logging_steps": 1,
+            "learning_rate": 1e-3,
+            "arguments": {"optim": "sgd"},
+        }
     )
     result = train_student(student, KVStore.open(store.path), tmp_path / "out", settings)
     assert result.steps == 3

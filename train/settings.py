@@ -95,11 +95,11 @@ class TrainSettings(_Settings):
     """The student's folder below `students/`."""
     teacher: str | None = None
     """Whose targets to use; may be left out where there is one teacher, or where the recipe fuses several."""
-    alpha: NonNegativeFloat | Literal["auto"] = 1.0
+    alpha: NonNegativeFloat | Literal["auto"] = "auto"
     """Weight of the KV loss; 0 is plain fine-tuning on the same batches; auto is found from gradients."""
     alpha_schedule: AlphaSchedule = AlphaSchedule()
     """What alpha is multiplied with, step by step."""
-    kv_share: PositiveFloat = 0.3
+    kv_share: PositiveFloat = 1.0
     """`alpha: auto`: the KV gradient's norm over the cross-entropy's, on the parameters that both reach."""
     alpha_steps: PositiveInt = 20
     """`alpha: auto`: the first steps, in each of which gradients are measured; then alpha is frozen."""

@@ -88,7 +88,15 @@ def test_a_training_is_close_to_that_in_float32(
     )
     logs = []
     for bf16 in (True, False):
-        settings = {"max_steps": 4, "batch_size": 2, "logging_steps": 1, "learning_rate": 1e-3, "bf16": bf16, **more}
+        settings = {
+            "max_steps": 4,
+            "alpha": 1.0,
+            "batch_size": 2,
+            "logging_steps": 1,
+            "learning_rate": 1e-3,
+            "bf16": bf16,
+            **more,
+        }
         train_student(tiny_models["student"], store, tmp_path / str(bf16), TrainSettings.model_validate(settings))
         lines = (tmp_path / str(bf16) / "metrics.jsonl").read_text().splitlines()
         logs.append([json.loads(line) for line in lines])

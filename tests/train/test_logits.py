@@ -143,7 +143,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Pat
 
 
 def _train(student: Path, targets: KVStore, out: Path, on_step: Any = None, **changes: Any) -> list[dict[str, Any]]:
-    settings = {"max_steps": 4, "batch_size": 2, "logging_steps": 1, "learning_rate": 3e-3, **changes}
+    settings = {"max_steps": 4, "alpha": 1.0, "batch_size": 2, "logging_steps": 1, "learning_rate": 3e-3, **changes}
     train_student(student, targets, out, TrainSettings.model_validate(settings), on_step=on_step or (lambda *_: None))
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 

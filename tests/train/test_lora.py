@@ -74,7 +74,15 @@ def test_a_merged_student_and_its_adapter(targets: KVStore, tiny_models: dict[st
     """The merged student needs neither kava nor peft; the adapter on the first student says the same. And it resumes."""
     lora = {"r": 4, "dropout": 0.1, "target_modules": ["q_proj", "k_proj", "v_proj", "gate_proj"]}
     settings = TrainSettings.model_validate(
-        {"max_steps": 6, "batch_size": 2, "logging_steps": 1, "save_steps": 2, "learning_rate": 1e-2, "lora": lora}
+        {
+            "max_steps": 6,
+            "alpha": 1.0,
+            "batch_size": 2,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "learning_rate": 1e-2,
+            "lora": lora,
+        }
     )
 
     def fall(step: int, total: int) -> None:

@@ -37,6 +37,7 @@ def train(targets: KVStore, tiny_models: dict[str, Path], tmp_path: Path) -> Tra
     def train(name: str, on_step: Any = None, **changes: Any) -> list[dict[str, Any]]:
         settings = {
             "max_steps": 4,
+            "alpha": 1.0,
             "batch_size": 2,
             "logging_steps": 1,
             "learning_rate": 1e-3,

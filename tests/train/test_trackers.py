@@ -22,7 +22,9 @@ def _train(student: Path, tmp_path: Path, **changes: Any) -> list[dict[str, Any]
         write_store(tmp_path / "t.zarr", [9, 14, 6, 11], kind="target", geometry=geometry, tokenizer_digest=digest)
     from kava.store import KVStore
 
-    settings = TrainSettings.model_validate({"max_steps": 3, "batch_size": 2, "logging_steps": 1, **changes})
+    settings = TrainSettings.model_validate(
+        {"max_steps": 3, "alpha": 1.0, "batch_size": 2, "logging_steps": 1, **changes}
+    )
     train_student(student, KVStore.open(tmp_path / "t.zarr"), tmp_path / "out", settings)
     return [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
 

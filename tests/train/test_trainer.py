@@ -49,7 +49,7 @@ def train(targets: KVStore, tiny_models: dict[str, Path], tmp_path: Path) -> Tra
     """Trains, and gives the lines of the log."""
 
     def train(name: str, student: Path | None = None, on_step: Any = None, **changes: Any) -> list[dict[str, Any]]:
-        settings = {"max_steps": 4, "batch_size": 2, "logging_steps": 1, "learning_rate": 1e-3, **changes}
+        settings = {"max_steps": 4, "alpha": 1.0, "batch_size": 2, "logging_steps": 1, "learning_rate": 1e-3, **changes}
         train_student(
             student or tiny_models["student"],
             targets,
