@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ..errors import RecipeError, StageError
 from ..store import Split, digest_json
 from ..store.files import write_atomic
-from ..train.arms import Arm, CompareSettings, run_name
+from ..train.arms import Arm, CompareSettings, NeedsError, run_name
 from ..train.settings import TrainSettings
 from .places import RECORD, read_record
 from .run import Run
@@ -103,8 +103,15 @@ def compare_settings(run: Run) -> CompareSettings:
 
 
 def arms_of(run: Run) -> list[Arm]:
-    """The arms of a run."""
-    return compare_settings(run).resolve(run.recipe.train)
+    """The arms of a run.
+
+    Raises:
+        RecipeError: if one cannot be had of the recipe's `train` section.
+    """
+    try:
+        return compare_settings(run).resolve(run.recipe.train)
+    except NeedsError as error:
+        raise RecipeError(str(error)) from None
 
 
 def arm_stages(run: Run, arms: list[str] | None = None, seeds: list[int] | None = None) -> list[ArmStage]:

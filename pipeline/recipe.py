@@ -293,7 +293,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _captures_logits_that_are_trained_on(self) -> Self:
-        arms = [] if self.compare is None else self.compare.resolve(self.train)
+        arms = [] if self.compare is None else self.compare.possible(self.train)
         for settings in (self.train, *(arm.settings(self.train, 0, 1) for arm in arms)):
             self._check_logits(settings)
         return self

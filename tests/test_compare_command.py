@@ -155,6 +155,7 @@ def test_a_training_that_was_not_measured_is_measured_and_not_trained(recipe: Pa
         ({"compare": COMPARE}, (), "is not made yet; kava project"),
         ({"compare": {"arms": ["none", "kv"], "seed": [1]}}, (), "did you mean 'seeds'"),
         ({"compare": {"arms": ["none", {"x": {"alhpa": 1}}]}}, (), "did you mean 'alpha'"),
+        ({"compare": COMPARE}, ("-s", "train.alpha=0"), "kv needs train.alpha above 0"),
         ({"compare": {"arms": ["none", "logits"]}}, (), "logits needs train.logits"),
     ],
 )
@@ -162,3 +163,11 @@ def test_mistakes(
     tmp_path: Path, tiny_models: dict[str, Path], changes: Any, words: tuple[str, ...], message: str
 ) -> None:
     assert message in kava("compare", write_recipe(tmp_path, tiny_models, **changes), *words, code=2)
+
+
+def test_a_recipe_with_arms_may_be_trained_without_a_kv_loss(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    recipe = write_recipe(tmp_path, tiny_models, compare=COMPARE)
+    found = load_recipe(recipe, ["train.alpha=0"])
+    assert found.train.alpha == 0
+    assert found.compare is not None
+    assert "none" in [arm.name for arm in found.compare.possible(found.train)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
@@ -50,6 +51,10 @@ OF_KV: Final = (
     "projector_learning_rate",
 )
 """Keys that say nothing without a KV loss: changing one does not make an arm without it stale."""
+
+
+class NeedsError(ValueError):
+    """An arm needs what the `train` section, as it is now, does not have."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +168,18 @@ class CompareSettings(BaseModel):
         """
         return [_resolve(name, overrides, base) for name, overrides in self.arms.items()]
 
+    def possible(self, base: TrainSettings) -> list[Arm]:
+        """Those of the arms that can be had of this `train` section, which an override may have changed for once.
+
+        Raises:
+            ValueError: if one overrides what must be equal or what there is not.
+        """
+        found = []
+        for name, overrides in self.arms.items():
+            with suppress(NeedsError):
+                found.append(_resolve(name, overrides, base))
+        return found
+
     def steps_between(self, base: TrainSettings) -> int:
         """How many steps lie between two held-out evaluations."""
         return self.eval_steps or base.eval_steps or max(1, base.max_steps // 20)
@@ -189,15 +206,12 @@ def _resolve(name: str, stated: dict[str, Any], base: TrainSettings) -> Arm:
         raise ValueError(f"compare.arms.{name}.targets: {targets!r} is none of {', '.join(get_args(TargetKind))}")
     if kind is not None:
         overrides = {**kind.overrides, **overrides}
-        if "logits" in TrainSettings.model_fields:
-            if not kind.logits:
-                overrides = {"logits": None, **overrides}
-            elif overrides.get("logits", _stated(base).get("logits")) is None:
-                raise ValueError(f"compare.arms: {name} needs train.logits, the loss on the teacher's cached logits")
-        elif kind.logits:
-            raise ValueError(f"compare.arms: {name} needs train.logits, which this version does not have")
+        if not kind.logits:
+            overrides = {"logits": None, **overrides}
+        elif overrides.get("logits", _stated(base).get("logits")) is None:
+            raise NeedsError(f"compare.arms: {name} needs train.logits, the loss on the teacher's cached logits")
         if kind.kv and base.alpha == 0 and "alpha" not in overrides:
-            raise ValueError(f"compare.arms: {name} needs train.alpha above 0, or an alpha of its own")
+            raise NeedsError(f"compare.arms: {name} needs train.alpha above 0, or an alpha of its own")
     arm = Arm(name, targets, overrides)
     arm.settings(base, 0, 1)
     return arm

@@ -147,7 +147,9 @@ def test_before_the_capture_there_is_only_the_layer_map(tmp_path: Path, tiny_mod
     assert (folder / "big.png").read_bytes()[:4] == b"\x89PNG"
     assert not (folder / "big.safetensors").exists()
     assert "there is no store at" in kava("project", recipe, "--report", "-s", "project.layers=cka", code=2)
-    assert "--report makes no targets, so it goes without --force" in kava("project", recipe, "--report", "--force", code=2)
+    assert "--report makes no targets, so it goes without --force" in kava(
+        "project", recipe, "--report", "--force", code=2
+    )
 
 
 def test_one_calibration_sample_is_enough_for_maps_that_do_not_choose(captured: Path) -> None:
