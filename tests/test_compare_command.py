@@ -152,7 +152,7 @@ def test_a_training_that_was_not_measured_is_measured_and_not_trained(recipe: Pa
         ({"compare": COMPARE}, ("--arm", "kw"), "there is no such arm, only none, kv"),
         ({"compare": COMPARE}, ("--seed", "7"), "is none of compare.seeds (0, 1)"),
         ({"compare": COMPARE}, ("--no-train",), "is finished"),
-        ({"compare": COMPARE}, (), "is not made yet; kava project"),
+        ({"compare": COMPARE}, (), "is not made yet"),
         ({"compare": {"arms": ["none", "kv"], "seed": [1]}}, (), "did you mean 'seeds'"),
         ({"compare": {"arms": ["none", {"x": {"alhpa": 1}}]}}, (), "did you mean 'alpha'"),
         ({"compare": COMPARE}, ("-s", "train.alpha=0"), "kv needs train.alpha above 0"),
