@@ -24,6 +24,8 @@ what is wrong, where, and how to mend it, in one line; the command line prints i
 
 from __future__ import annotations
 
+from typing import Self
+
 EXIT_FAULT = 1
 EXIT_USER = 2
 EXIT_RETRY = 75
@@ -90,6 +92,11 @@ class TrainingError(KavaError, ArithmeticError):
 
 class StoreError(KavaError, ValueError):
     """A store cannot be read or written as asked."""
+
+    def __new__(cls, *args: object) -> Self:
+        """ValueError's own cannot make those that are also an OSError, as tblib asks of it for dask."""
+        maker = OSError if issubclass(cls, OSError) else ValueError
+        return maker.__new__(cls, *args)
 
 
 class StoreNotFoundError(StoreError, FileNotFoundError):
