@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from .settings import TrainSettings
+from .settings import OF_KV, TrainSettings
 
 TargetKind = Literal["true", "shuffled", "shuffled-tokens", "random"]
 
@@ -33,24 +33,6 @@ EQUAL: Final = (
     "save_steps",
 )
 """Keys of `train` that are the same in all arms: otherwise they would not be equal, or not measured alike."""
-
-OF_KV: Final = (
-    "alpha_schedule",
-    "kv_share",
-    "alpha_steps",
-    "alpha_update_steps",
-    "loss",
-    "magnitude_weight",
-    "relation_heads",
-    "key_weight",
-    "value_weight",
-    "layers",
-    "layer_weights",
-    "segment_weights",
-    "projector",
-    "projector_learning_rate",
-)
-"""Keys that say nothing without a KV loss: changing one does not make an arm without it stale."""
 
 
 class NeedsError(ValueError):
