@@ -92,7 +92,7 @@ class StudentSettings(_Settings):
         return self
 
     def determining(self) -> dict[str, Any]:
-        """What the untrained student depends on, for JSON; with defaults, so that another default is another student."""
+        """What the untrained student depends on, for JSON; defaults too, so that another one is another student."""
         of_weights = {"seed"} if self.model is not None else {"revision"}
         return self.model_dump(mode="json", exclude={"geometry", *of_weights})
 
