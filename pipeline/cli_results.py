@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import RecipeError, StageError
+from ..errors import BusyError, RecipeError, StageError
 from .cli_store import Overrides, RecipePath, load, out, print_table
 
 
@@ -46,8 +46,15 @@ def compare(
         if not as_json:
             out.print(f"{label + ':':<28} {line}", markup=False)
 
-    if not no_train:
-        run_stages(stages, force=frozenset({"compare"} if force else ()), say=say)
+    busy: BusyError | None = None
+    for stage in [] if no_train else stages:
+        try:
+            run_stages([stage], force=frozenset({"compare"} if force else ()), say=say)
+        except BusyError as error:  # Another `kava compare` is at it: there is more to train meanwhile.
+            say(stage.label, "another process is training it; left out")
+            busy = error
+    if busy is not None and all(stage.status().state != "complete" for stage in arm_stages(loaded)):
+        raise busy
     summary = save_summary(loaded)
     if as_json:
         out.print_json(json.dumps(summary))

@@ -14,7 +14,7 @@ from fixtures.command import kava, write_recipe
 from kava.pipeline import load_recipe
 from kava.pipeline.compare_stage import arm_stages
 from kava.pipeline.run import Run
-from kava.store import KVStore, Split
+from kava.store import KVStore, Lock, Split
 from kava.tap import KVTap
 from kava.train import load_student
 from kava.train.data import TargetCollator
@@ -143,6 +143,32 @@ def test_a_training_that_was_not_measured_is_measured_and_not_trained(recipe: Pa
     assert "trained before" in kava("compare", recipe)
     assert (folder / "heldout.json").read_bytes() == kept
     assert (folder / "model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_what_another_process_trains_is_left_to_it(recipe: Path) -> None:
+    run = recipe.parent / "run"
+    changed = ("-s", "train.max_steps=1", "-s", "compare.arms=[none, random]", "-s", "compare.seeds=[0]")
+    held = Lock.take(run / "compare/.random-0.lock")
+    assert held is not None
+    try:
+        kava("train", recipe, "-s", "train.max_steps=1", "-s", "train.name=random-0")  # A student of its own.
+        printed = kava("compare", recipe, *changed, "--arm", "random", code=75)
+        assert "another process is training" in printed
+        assert not (run / "compare/random-0").exists()
+        printed = kava("compare", recipe, *changed, "--force")
+        assert "not finished yet: random seed 0" in printed
+        assert not (run / "compare/random-0").exists()
+    finally:
+        held.release()
+    assert "not finished yet" not in kava("compare", recipe, *changed)
+    student = Lock.take(run / "students/.kv.lock")
+    assert student is not None
+    try:
+        assert "is training" in kava("train", recipe, code=75)
+        assert not (run / "students/kv").exists()
+    finally:
+        student.release()
+    kava("compare", recipe, "--force", "--arm", "none", "--seed", "0")  # As the others of this module expect it.
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def of(**changes: Any) -> dict[str, Any]:
 
 
 def test_another_default_is_another_training() -> None:
-    other = OtherTraining().determining()
+    other = OtherTraining.model_validate({}).determining()
     assert other != of()
     assert other == of(alpha=1.0)
     student = OtherStudent.model_validate(CONFIG).determining()
