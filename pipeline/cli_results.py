@@ -29,7 +29,7 @@ def compare(
 ) -> None:
     """Train arms and seeds of one recipe at equal steps and batches, and compare them on held-out samples."""
     from ..train.ranks import num_processes
-    from .compare_stage import SUMMARY, arm_stages, save_summary
+    from .compare_stage import SUMMARY, arm_stages, check_arms, save_summary
     from .make import run_stages
 
     loaded = load(recipe, overrides)
@@ -46,6 +46,8 @@ def compare(
         if not as_json:
             out.print(f"{label + ':':<28} {line}", markup=False)
 
+    if not no_train:
+        check_arms(loaded, stages)
     busy: BusyError | None = None
     for stage in [] if no_train else stages:
         try:

@@ -145,6 +145,19 @@ def test_a_training_that_was_not_measured_is_measured_and_not_trained(recipe: Pa
     assert (folder / "model.safetensors").stat().st_mtime_ns == weights
 
 
+def test_what_cannot_be_compared_is_told_before_the_first_training(
+    tmp_path: Path, tiny_models: dict[str, Path]
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_models, corpus={"heldout": None}, compare=COMPARE)
+    kava("run", recipe, "--until", "project")
+    assert "no sample of it is held out" in kava("compare", recipe, code=2)
+    arms = "compare.arms=[none, {other: {teacher: small}}]"
+    assert "there is no teacher 'small'" in kava("compare", recipe, "-s", arms, code=2)
+    seeded = ("-s", "train.arguments={data_seed: 3}")
+    assert "train.arguments.data_seed: would be that of all" in kava("compare", recipe, *seeded, code=2)
+    assert not (tmp_path / "run/compare").exists()
+
+
 def test_what_another_process_trains_is_left_to_it(recipe: Path) -> None:
     run = recipe.parent / "run"
     changed = ("-s", "train.max_steps=1", "-s", "compare.arms=[none, random]", "-s", "compare.seeds=[0]")
