@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import RecipeError, StageError
+from ..errors import BusyError, RecipeError, StageError
 from .cli_store import Overrides, RecipePath, load, out, print_table
 
 
@@ -29,7 +29,7 @@ def compare(
 ) -> None:
     """Train arms and seeds of one recipe at equal steps and batches, and compare them on held-out samples."""
     from ..train.ranks import num_processes
-    from .compare_stage import SUMMARY, arm_stages, save_summary
+    from .compare_stage import SUMMARY, arm_stages, check_arms, save_summary
     from .make import run_stages
 
     loaded = load(recipe, overrides)
@@ -47,7 +47,16 @@ def compare(
             out.print(f"{label + ':':<28} {line}", markup=False)
 
     if not no_train:
-        run_stages(stages, force=frozenset({"compare"} if force else ()), say=say)
+        check_arms(loaded, stages)
+    busy: BusyError | None = None
+    for stage in [] if no_train else stages:
+        try:
+            run_stages([stage], force=frozenset({"compare"} if force else ()), say=say)
+        except BusyError as error:  # Another `kava compare` is at it: there is more to train meanwhile.
+            say(stage.label, "another process is training it; left out")
+            busy = error
+    if busy is not None and all(stage.status().state != "complete" for stage in arm_stages(loaded)):
+        raise busy
     summary = save_summary(loaded)
     if as_json:
         out.print_json(json.dumps(summary))

@@ -108,8 +108,12 @@ def arms_of(run: Run) -> list[Arm]:
     Raises:
         RecipeError: if one cannot be had of the recipe's `train` section.
     """
+    settings, base = compare_settings(run), run.recipe.train
+    for key in ("seed", "data_seed"):
+        if key in base.arguments and len(settings.seeds) > 1:
+            raise RecipeError(f"train.arguments.{key}: would be that of all compare.seeds; leave it out")
     try:
-        return compare_settings(run).resolve(run.recipe.train)
+        return settings.resolve(base)
     except NeedsError as error:
         raise RecipeError(str(error)) from None
 
@@ -138,6 +142,25 @@ def arm_stages(run: Run, arms: list[str] | None = None, seeds: list[int] | None 
         for arm in known
         if (not arms or arm.name in arms) and (not seeds or seed in seeds)
     ]
+
+
+def check_arms(run: Run, stages: list[ArmStage]) -> None:
+    """Finds out before the first training what would be found out after it, or when its arm's turn has come.
+
+    Raises:
+        StageError: if nothing is held out, so that nothing could be compared, or an arm names a teacher that there is
+            not.
+        StoreNotFoundError: if an arm's targets are not made yet.
+    """
+    names = [run.teacher_of(stage.settings) for stage in stages]
+    _ = run.student_source  # What is to be made first is told first.
+    for name in dict.fromkeys(names):
+        store = run.open_target(name)
+        if not store.missing_parts() and not store.indices(Split.HELDOUT):
+            raise StageError(
+                f"{store.path}: no sample of it is held out, so there is nothing to compare on; set corpus.heldout, "
+                "and kava run makes again what depends on it"
+            )
 
 
 def save_summary(run: Run) -> dict[str, Any]:

@@ -9,12 +9,12 @@ process after the other is as good as all at once, and none waits for one that w
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 
-from ..errors import DamagedStoreError, KavaError, StageError
-from ..store import KVStore, locked
+from ..errors import BusyError, DamagedStoreError, KavaError, StageError
+from ..store import KVStore, Lock, locked
 from ..train.ranks import Ranks
 from .cluster.share import ALL, Share, format_parts
 from .generate_stage import GenerateStage
@@ -48,6 +48,7 @@ def run_stages(
         StageError: if a stage's inputs are missing, or a costly output is stale and not forced.
         RecipeError: if the share names parts that a store does not have.
         DamagedStoreError: if a stage's output, or what it reads, is not as it was written.
+        BusyError: if another process trains the student that is to be trained.
     """
     for number, stage in enumerate(stages):
         if isinstance(stage, StoreStage) and stage.splits:
@@ -79,10 +80,28 @@ def _run_stage(stage: Stage, force: bool, scheduler: str | None, say: Say) -> No
 def _train(stage: TrainStage, force: bool, ranks: Ranks, say: Say) -> None:
     """Trains, with the other ranks: the first looks at what is there, and all do the same."""
     stage.ranks = ranks
-    done = ranks.first(partial(_clear, stage, force, say))
-    line = done or stage.make(None)
+    with ExitStack() as held:
+        done = ranks.first(partial(_begin, stage, force, say, held))
+        line = done or stage.make(None)
     if ranks.is_first:
         say(stage.label, line)
+
+
+def _begin(stage: TrainStage, force: bool, say: Say, held: ExitStack) -> str:
+    """Takes the training for this process and its ranks, until `held` is closed; then as `_clear`.
+
+    Nobody waits for it: that may take days, and two in one folder would write into each other's checkpoints.
+    """
+    state = stage.status().state
+    if state == "blocked" or (state == "complete" and not force):
+        return _clear(stage, False, say)
+    lock = Lock.take(stage.output.with_name(f".{stage.output.name}.lock"))
+    if lock is None:
+        raise BusyError(
+            f"{stage.label}: another process is training {stage.output}; run the same command again when it has ended"
+        )
+    held.callback(lock.release)
+    return _clear(stage, force, say)
 
 
 def _clear(stage: Stage, force: bool, say: Say) -> str:

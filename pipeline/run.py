@@ -242,8 +242,8 @@ class Run(Places):
     @cached_property
     def student_key(self) -> str:
         """What determines the untrained student: its settings, and the texts of a tokenizer trained here."""
-        settings = self.recipe.student.model_dump(mode="json", exclude_defaults=True, exclude={"geometry"})
-        trained = isinstance(settings.get("tokenizer"), dict)
+        settings = self.recipe.student.determining()
+        trained = isinstance(settings["tokenizer"], dict)
         return digest_json({"settings": settings, "corpus": self.corpus.digest if trained else None})
 
     def teacher_manifest(self, name: str) -> Manifest:
@@ -367,13 +367,10 @@ class Run(Places):
             StoreNotFoundError: if the targets are not made yet.
         """
         settings = settings or self.recipe.train
-        how = {"name", "teacher", "logging_steps", "eval_steps", "save_steps", "num_workers"}
-        how |= {"measure_steps", "collapse_threshold", "report_to", "reader_threads", "prefetch_steps"}
-        stated = settings.model_dump(mode="json", exclude_defaults=True, exclude=how)
         student = self._student_weights  # First: where nothing is made yet, it is what is to be made first.
         targets = self.open_target(self.teacher_of(settings))
         content = [targets.manifest.fingerprint, targets.content]
-        return digest_json({"settings": stated, "student": student, "targets": content})
+        return digest_json({"settings": settings.determining(), "student": student, "targets": content})
 
     @cached_property
     def _student_weights(self) -> str:

@@ -90,6 +90,21 @@ class TrainStage(Stage):
         """What it is trained on."""
         return self.run.open_target(self.run.train_teacher)
 
+    def check(self) -> None:
+        """Loads the student and what it is trained on, before a trained one is thrown away."""
+        if not self.output.is_dir():
+            return
+        from ..train.training import check_training
+
+        self.key()
+        check_training(
+            self.run.student_dir,
+            self.targets(),
+            self.output,
+            self.settings,
+            corpus_digest=self.run.corpus.digest,
+        )
+
     def inspect(self) -> Status:
         """Compares the record in the folder with the recipe."""
         key = self.key()

@@ -14,7 +14,7 @@ from fixtures.command import kava, write_recipe
 from kava.pipeline import load_recipe
 from kava.pipeline.compare_stage import arm_stages
 from kava.pipeline.run import Run
-from kava.store import KVStore, Split
+from kava.store import KVStore, Lock, Split
 from kava.tap import KVTap
 from kava.train import load_student
 from kava.train.data import TargetCollator
@@ -143,6 +143,45 @@ def test_a_training_that_was_not_measured_is_measured_and_not_trained(recipe: Pa
     assert "trained before" in kava("compare", recipe)
     assert (folder / "heldout.json").read_bytes() == kept
     assert (folder / "model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_what_cannot_be_compared_is_told_before_the_first_training(
+    tmp_path: Path, tiny_models: dict[str, Path]
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_models, corpus={"heldout": None}, compare=COMPARE)
+    kava("run", recipe, "--until", "project")
+    assert "no sample of it is held out" in kava("compare", recipe, code=2)
+    arms = "compare.arms=[none, {other: {teacher: small}}]"
+    assert "there is no teacher 'small'" in kava("compare", recipe, "-s", arms, code=2)
+    seeded = ("-s", "train.arguments={data_seed: 3}")
+    assert "train.arguments.data_seed: would be that of all" in kava("compare", recipe, *seeded, code=2)
+    assert not (tmp_path / "run/compare").exists()
+
+
+def test_what_another_process_trains_is_left_to_it(recipe: Path) -> None:
+    run = recipe.parent / "run"
+    changed = ("-s", "train.max_steps=1", "-s", "compare.arms=[none, random]", "-s", "compare.seeds=[0]")
+    held = Lock.take(run / "compare/.random-0.lock")
+    assert held is not None
+    try:
+        kava("train", recipe, "-s", "train.max_steps=1", "-s", "train.name=random-0")  # A student of its own.
+        printed = kava("compare", recipe, *changed, "--arm", "random", code=75)
+        assert "another process is training" in printed
+        assert not (run / "compare/random-0").exists()
+        printed = kava("compare", recipe, *changed, "--force")
+        assert "not finished yet: random seed 0" in printed
+        assert not (run / "compare/random-0").exists()
+    finally:
+        held.release()
+    assert "not finished yet" not in kava("compare", recipe, *changed)
+    student = Lock.take(run / "students/.kv.lock")
+    assert student is not None
+    try:
+        assert "is training" in kava("train", recipe, code=75)
+        assert not (run / "students/kv").exists()
+    finally:
+        student.release()
+    kava("compare", recipe, "--force", "--arm", "none", "--seed", "0")  # As the others of this module expect it.
 
 
 @pytest.mark.parametrize(

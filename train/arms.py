@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from .settings import TrainSettings
+from .settings import OF_KV, TrainSettings
 
 TargetKind = Literal["true", "shuffled", "shuffled-tokens", "random"]
 
@@ -34,23 +34,21 @@ EQUAL: Final = (
 )
 """Keys of `train` that are the same in all arms: otherwise they would not be equal, or not measured alike."""
 
-OF_KV: Final = (
-    "alpha_schedule",
-    "kv_share",
-    "alpha_steps",
-    "alpha_update_steps",
-    "loss",
-    "magnitude_weight",
-    "relation_heads",
-    "key_weight",
-    "value_weight",
-    "layers",
-    "layer_weights",
-    "segment_weights",
-    "projector",
-    "projector_learning_rate",
+EQUAL_ARGUMENTS: Final = (
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+    "data_seed",
+    "eval_steps",
+    "eval_strategy",
+    "eval_delay",
+    "save_steps",
+    "save_strategy",
 )
-"""Keys that say nothing without a KV loss: changing one does not make an arm without it stale."""
+"""Of `train.arguments`, the same: they win over what the keys say."""
 
 
 class NeedsError(ValueError):
@@ -202,6 +200,7 @@ def _resolve(name: str, stated: dict[str, Any], base: TrainSettings) -> Arm:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(known)}"
             raise ValueError(f"unknown key 'compare.arms.{name}.{key}'; {hint}")
+    _check_arguments(name, overrides.get("arguments", base.arguments), base.arguments)
     if targets not in get_args(TargetKind):
         raise ValueError(f"compare.arms.{name}.targets: {targets!r} is none of {', '.join(get_args(TargetKind))}")
     if kind is not None:
@@ -215,6 +214,19 @@ def _resolve(name: str, stated: dict[str, Any], base: TrainSettings) -> Arm:
     arm = Arm(name, targets, overrides)
     arm.settings(base, 0, 1)
     return arm
+
+
+def _check_arguments(name: str, stated: Any, base: Mapping[str, Any]) -> None:
+    """Refuses `arguments` of an arm, which stand in the place of the recipe's, if it would not be equal any more."""
+    if not isinstance(stated, dict):  # What it must be is told when it is taken up.
+        return
+    absent = object()
+    for key in EQUAL_ARGUMENTS:
+        if stated.get(key, absent) != base.get(key, absent):
+            missing = "" if key in stated else ", which an arm's own arguments must repeat"
+            raise ValueError(
+                f"compare.arms.{name}.arguments.{key}: is the same in all arms; set it in train.arguments{missing}"
+            )
 
 
 def _stated(base: TrainSettings) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import (
     BaseModel,
@@ -17,6 +17,38 @@ from pydantic import (
 )
 
 from ..store import SEGMENTS, KVGeometry
+
+OF_KV: Final = (
+    "alpha_schedule",
+    "kv_share",
+    "alpha_steps",
+    "alpha_update_steps",
+    "loss",
+    "magnitude_weight",
+    "relation_heads",
+    "key_weight",
+    "value_weight",
+    "layers",
+    "layer_weights",
+    "segment_weights",
+    "projector",
+    "projector_learning_rate",
+)
+"""Keys of `train` that say nothing without a KV loss: changing one does not make a training without it stale."""
+_ASIDE: Final = (
+    "name",
+    "teacher",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+    "num_workers",
+    "measure_steps",
+    "collapse_threshold",
+    "report_to",
+    "reader_threads",
+    "prefetch_steps",
+)
+"""Keys of `train` that the weights do not depend on; the targets stand for the teacher."""
 
 
 class _Settings(BaseModel):
@@ -58,6 +90,11 @@ class StudentSettings(_Settings):
         if self.config is not None and self.tokenizer is None:
             raise ValueError("a student made from config needs tokenizer: an id, a folder, or {vocab_size: N}")
         return self
+
+    def determining(self) -> dict[str, Any]:
+        """What the untrained student depends on, for JSON; defaults too, so that another one is another student."""
+        of_weights = {"seed"} if self.model is not None else {"revision"}
+        return self.model_dump(mode="json", exclude={"geometry", *of_weights})
 
 
 class AlphaSchedule(_Settings):
@@ -204,3 +241,21 @@ class TrainSettings(_Settings):
     def with_kv(self) -> bool:
         """Whether there is a KV loss at all."""
         return self.alpha == "auto" or self.alpha > 0
+
+    def determining(self) -> dict[str, Any]:
+        """What the trained weights depend on, for JSON; with defaults, so that another default is another training.
+
+        Keys that say nothing beside the others are left out.
+        """
+        silent = set(_ASIDE)
+        if not self.with_kv:
+            silent.update(OF_KV)
+        if self.alpha != "auto":
+            silent.update(("kv_share", "alpha_steps", "alpha_update_steps"))
+        if self.loss != "cosine_magnitude":
+            silent.add("magnitude_weight")
+        if self.loss != "relation":
+            silent.add("relation_heads")
+        if self.projector == "none":
+            silent.add("projector_learning_rate")
+        return self.model_dump(mode="json", exclude=silent)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PrinterCallback
@@ -71,23 +72,9 @@ def train_student(
         BackendNotInstalledError: if a tracker or peft is not installed.
     """
     ranks = ranks or Ranks()
-    check_trackers(settings.report_to)
-    torch.manual_seed(settings.seed)
-    model, tokenizer = load_student(student)
-    check_targets(store, model, tokenizer, corpus_digest, logits=settings.logits is not None)
-    objective = Objective.for_store(store, settings)
-    loss = objective.kv_loss
-    names, layers = ((), ()) if loss is None else (loss.names, loss.layers)
-    logits = settings.logits is not None
-    datasets = {s: TargetDataset(store, s, names=names, layers=layers, logits=logits) for s in Split}
-    if not len(datasets[Split.TRAIN]):
-        raise StageError(f"{store.path}: there is no training sample in it")
+    found = _prepare(student, store, out, settings, corpus_digest)
+    model, tokenizer, datasets, args = found.model, found.tokenizer, found.datasets, found.args
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if settings.lora is not None:
-        model = add_lora(model, settings.lora)
-    if settings.pack_tokens is not None:
-        check_packing(model)
-    args = training_arguments(settings, out, has_heldout=len(datasets[Split.HELDOUT]) > 0)
     collator = TargetCollator(pad or 0, tuple(settings.ce_segments))
     feed = Feed(datasets, collator, settings, args, ranks)
     checkpoint, begun = ranks.first(lambda: last_checkpoint(out / "checkpoints"))
@@ -105,7 +92,7 @@ def train_student(
             eval_dataset=datasets[Split.HELDOUT],
             data_collator=collator,
             callbacks=[*log.callbacks, Steps(on_step), stop],
-            objective=objective,
+            objective=found.objective,
             settings=settings,
             feed=feed,
             ranks=ranks,
@@ -131,3 +118,45 @@ def train_student(
         ranks.wait()
     metrics = {name.removeprefix("heldout_"): value for name, value in metrics.items() if name.startswith("heldout_")}
     return TrainResult(int(trainer.state.global_step), metrics, trainer.alpha)
+
+
+def check_training(
+    student: Path, store: Targets, out: Path, settings: TrainSettings, *, corpus_digest: str | None = None
+) -> None:
+    """Refuses what `train_student` would refuse before its first step; writes nothing.
+
+    Raises:
+        KavaError: as `train_student` does.
+    """
+    _prepare(student, store, out, settings, corpus_digest)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """All that a training needs, loaded and checked."""
+
+    model: Any
+    tokenizer: Any
+    objective: Objective
+    datasets: dict[Split, TargetDataset]
+    args: Any
+
+
+def _prepare(student: Path, store: Targets, out: Path, settings: TrainSettings, corpus_digest: str | None) -> _Prepared:
+    check_trackers(settings.report_to)
+    torch.manual_seed(settings.seed)
+    model, tokenizer = load_student(student)
+    check_targets(store, model, tokenizer, corpus_digest, logits=settings.logits is not None)
+    objective = Objective.for_store(store, settings)
+    loss = objective.kv_loss
+    names, layers = ((), ()) if loss is None else (loss.names, loss.layers)
+    logits = settings.logits is not None
+    datasets = {s: TargetDataset(store, s, names=names, layers=layers, logits=logits) for s in Split}
+    if not len(datasets[Split.TRAIN]):
+        raise StageError(f"{store.path}: there is no training sample in it")
+    if settings.lora is not None:
+        model = add_lora(model, settings.lora)
+    if settings.pack_tokens is not None:
+        check_packing(model)
+    args = training_arguments(settings, out, has_heldout=len(datasets[Split.HELDOUT]) > 0)
+    return _Prepared(model, tokenizer, objective, datasets, args)

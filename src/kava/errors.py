@@ -20,6 +20,7 @@ what is wrong, where, and how to mend it, in one line; the command line prints i
     │   └── DamagedStoreError     1   OSError           bytes on disk are not what was written
     ├── StageError                2   RuntimeError      a stage whose inputs are not there
     └── RetryLaterError           75  OSError           disk full and the like: run the same command again later
+        └── BusyError             75                    another process makes just this
 """
 
 from __future__ import annotations
@@ -129,3 +130,7 @@ class RetryLaterError(KavaError, OSError):
     """The machine, not the input, stands in the way; the same command may be run again later."""
 
     exit_code = EXIT_RETRY
+
+
+class BusyError(RetryLaterError):
+    """Another process makes what this one was to make, and it cannot be split."""

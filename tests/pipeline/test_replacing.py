@@ -56,6 +56,27 @@ def test_a_map_that_does_not_fit_leaves_the_targets(done: Path) -> None:
     assert not (done.parent / "run/teachers").exists()
 
 
+def test_a_student_that_cannot_be_trained_again_stays(done: Path) -> None:
+    kava("train", done, "-s", "train.max_steps=1")
+    run = done.parent / "run"
+    students = tree(run / "students")
+    again = ("train", done, "--force", "-s", "train.max_steps=1")
+    for options, message in (
+        (["-s", "train.layers=[7]"], "train.layers"),
+        (["-s", "train.arguments.nonsense=1"], "no 'nonsense'"),
+        (["-s", "corpus.heldout=null"], "was made for another student"),
+        (["-s", "train.teacher=other"], "there is no teacher 'other'"),
+    ):
+        assert message in kava(*again, *options, code=2)
+        assert tree(run / "students") == students
+    targets = KVStore.open(run / "targets/big.zarr")
+    targets.drop_part(1)
+    assert "1 of 5 parts are missing" in kava(*again, code=2)
+    shutil.rmtree(run / "targets")
+    assert "is not made yet; kava project" in kava(*again, code=2)
+    assert tree(run / "students") == students
+
+
 def test_targets_straight_from_a_teacher_are_costly(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
     changes = {"samples_per_part": 2, "project": {"calibration_samples": 4}}
     recipe = write_recipe(tmp_path, tiny_models, extract={"keep": "target"}, **changes)

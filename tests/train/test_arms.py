@@ -80,6 +80,10 @@ def test_sections_that_are_refused(section: dict[str, Any], message: str) -> Non
     [
         ({"mine": {"max_steps": 9}}, "compare.arms.mine.max_steps: is the same in all arms"),
         ({"mine": {"ce_segments": ["answer"]}}, "is the same in all arms"),
+        ({"mine": {"arguments": {"data_seed": 7}}}, "compare.arms.mine.arguments.data_seed: is the same in all arms"),
+        ({"mine": {"arguments": {"per_device_train_batch_size": 2}}}, "per_device_train_batch_size: is the same"),
+        ({"kv": {"arguments": {"max_steps": 3}}}, "arguments.max_steps: is the same in all arms"),
+        ({"mine": {"arguments": {"seed": 3, "adam_beta1": 0.8}}}, "arguments.seed: is the same in all arms"),
         ({"mine": {"alfa": 1}}, "did you mean 'alpha'"),
         ({"mine": {"targets": "other"}}, "is none of true, shuffled"),
     ],
@@ -87,6 +91,14 @@ def test_sections_that_are_refused(section: dict[str, Any], message: str) -> Non
 def test_overrides_that_are_refused(arm: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         settings(arm)
+
+
+def test_an_arm_may_have_arguments_that_leave_it_equal() -> None:
+    base = BASE.model_copy(update={"arguments": {"data_seed": 7, "adam_beta1": 0.9}})
+    assert settings({"mine": {"arguments": {"data_seed": 7, "adam_beta1": 0.8}}}, base).arguments["adam_beta1"] == 0.8
+    assert settings({"mine": {"alpha": 3}}, base).arguments == base.arguments
+    with pytest.raises(ValueError, match=r"data_seed: is the same .* must repeat"):
+        settings({"mine": {"arguments": {"adam_beta1": 0.8}}}, base)
 
 
 @pytest.mark.parametrize("arm", [name for name, kind in ARMS.items() if kind.kv and not kind.logits])

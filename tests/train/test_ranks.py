@@ -23,7 +23,7 @@ from fixtures.stores import tree
 
 from kava.pipeline import load_recipe
 from kava.pipeline.run import Run
-from kava.store import KVStore, Split
+from kava.store import KVStore, Lock, Split
 from kava.train import TargetDataset, load_student
 from kava.train.order import Order
 
@@ -233,3 +233,25 @@ def test_the_tap_carries_the_gradient_of_a_sharded_model() -> None:
     printed, _ = run.communicate(timeout=120)
     assert run.returncode == 0, printed
     assert float(re.findall(r"error (\S+)", printed)[0]) < 1e-5
+
+
+def test_two_ranks_train_again_or_leave_it_to_others(recipe: Path) -> None:
+    words = [*_words(recipe, "again", {}), "--force"]
+    folder = recipe.parent / "run/students"
+    kava(*words[:-1])
+    before = (folder / "again/model.safetensors").stat().st_mtime_ns
+    held = Lock.take(folder / ".again.lock")
+    assert held is not None
+    try:
+        run = _torchrun("kava", *words)
+        printed, _ = run.communicate(timeout=300)
+    finally:
+        held.release()
+    assert run.returncode == 1
+    assert printed.count("another process is training") == 1
+    assert (folder / "again/model.safetensors").stat().st_mtime_ns == before
+    run = _torchrun("kava", *words)
+    printed, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, printed
+    assert (folder / "again/model.safetensors").stat().st_mtime_ns != before
+    assert not (folder / ".again.lock").exists()
