@@ -61,9 +61,13 @@ class ExtractStage(StoreStage):
             )
         super().discard()
 
+    def check(self) -> None:
+        """What is made of the capture later fits, as far as that can be told before."""
+        refuse_misfits(self.run, self._teacher)
+
     def make(self, scheduler: str | None) -> str:
         """Runs the teacher over the parts that are missing."""
-        refuse_misfits(self.run, self._teacher)
+        self.check()
         shared = self.run.shared_path(self._teacher)
         if shared is not None and not self.output.is_dir():
             KVStore.create(shared, self.manifest())  # Before the link: one that leads nowhere is no store.

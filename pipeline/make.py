@@ -93,6 +93,7 @@ def _clear(stage: Stage, force: bool, say: Say) -> str:
         stage.discard()
         status = stage.status()
     elif force and status.state not in ("missing", "blocked"):
+        stage.check()
         stage.drop_share()
         status = stage.status()
     if status.state == "complete":
