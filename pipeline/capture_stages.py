@@ -54,6 +54,7 @@ class ExtractStage(StoreStage):
         Raises:
             StageError: if it is the shared one that the recipe asks for.
         """
+        self.link_shared()
         if self.output.is_symlink() and self.output.resolve() == self.run.shared_path(self._teacher):
             raise StageError(
                 f"{self.label}: {self.output.resolve()} is shared with other runs and is what this recipe asks for; "
@@ -61,13 +62,28 @@ class ExtractStage(StoreStage):
             )
         super().discard()
 
+    def drop_share(self) -> None:
+        """Removes this process's parts, also of a capture that other runs share."""
+        self.link_shared()
+        super().drop_share()
+
+    def link_shared(self) -> None:
+        """Puts the capture that other runs share in its place, if there is one and nothing is there."""
+        shared = self.run.shared_path(self._teacher)
+        if shared is not None and (shared / "zarr.json").exists() and not self.output.is_dir():
+            link(self.output, shared)
+
+    def check(self) -> None:
+        """What is made of the capture later fits, as far as that can be told before."""
+        refuse_misfits(self.run, self._teacher)
+
     def make(self, scheduler: str | None) -> str:
         """Runs the teacher over the parts that are missing."""
-        refuse_misfits(self.run, self._teacher)
+        self.check()
         shared = self.run.shared_path(self._teacher)
         if shared is not None and not self.output.is_dir():
             KVStore.create(shared, self.manifest())  # Before the link: one that leads nowhere is no store.
-            link(self.output, shared)
+            self.link_shared()
         store = KVStore.create(self.output, self.manifest())
         if self.missing(store):
             with open_teacher(self.run, self._teacher) as teacher:

@@ -139,6 +139,8 @@ def extract(
             raise typer.Exit(EXIT_FAULT)
         return
     share = share_of(rank, world_size, parts)
+    if retry_failed and force:
+        raise RecipeError("--retry-failed goes without --force, which captures everything again")
     if retry_failed:
         _drop_failed(loaded, teacher, share)
     _run(loaded, ["generate", "extract"], frozenset({"extract"} if force else ()), None, teacher, share, only_failed)
@@ -416,16 +418,25 @@ def _drop_failed(loaded: Any, teacher: str | None, share: Share) -> None:
     from .capture_stages import ExtractStage
     from .store_stages import ProjectStage, StoreStage
 
+    found: list[tuple[KVStore, int]] = []
     for name in _teachers(loaded, teacher):
         stages: list[StoreStage] = [ExtractStage(loaded, name, share)]
         if loaded.recipe.extract.keep == "target" and loaded.target_path(name).exists():
             # Of most parts there is no capture; kava project asks the teacher.
             stages.append(ProjectStage(loaded, name, share))
         for stage in stages:
+            if isinstance(stage, ExtractStage):
+                stage.link_shared()
             store = KVStore.open(stage.output)
-            for part in set(stage.mine(store.manifest)) & set(store.committed_parts()):
-                if store.part(part).failed:
-                    store.drop_part(part)
+            if store.manifest.differences(stage.manifest()):
+                raise StageError(
+                    f"{stage.label}: {stage.output} is not what this recipe describes; capture failed samples again "
+                    f"with the recipe that made it, or replace it (kava run --force {stage.name})"
+                )
+            there = set(stage.mine(store.manifest)) & set(store.committed_parts())
+            found += [(store, part) for part in there if store.part(part).failed]
+    for store, part in found:
+        store.drop_part(part)
 
 
 def _quiet_libraries() -> None:

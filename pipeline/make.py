@@ -45,11 +45,16 @@ def run_stages(
         ranks: the processes that train together, of which the first decides and speaks; None for this one alone.
 
     Raises:
-        StageError: if a stage's inputs are missing, or a costly output is stale and not forced.
+        StageError: if a stage's inputs are missing, or a costly output is stale and not forced; or if one of several
+            processes is to throw away what the others read.
         RecipeError: if the share names parts that a store does not have.
         DamagedStoreError: if a stage's output, or what it reads, is not as it was written.
         BusyError: if another process trains the student that is to be trained.
     """
+    if not share.is_all:
+        for stage in stages:
+            if stage.name in force and not stage.splits:
+                raise stage.inseparable()
     for number, stage in enumerate(stages):
         if isinstance(stage, StoreStage) and stage.splits:
             stage.share = share
@@ -67,10 +72,12 @@ def run_stages(
 
 def _run_stage(stage: Stage, force: bool, scheduler: str | None, say: Say) -> None:
     status = stage.status()
+    if isinstance(stage, StoreStage) and stage.share.parts and status.state not in ("blocked", "damaged"):
+        stage.share.check(stage.manifest().num_parts, stage.label)
     if not force and status.state == "complete":
         say(stage.label, f"up to date ({status.detail})")
         return
-    with _lock(stage, say):
+    with stage_lock(stage, say):
         done = _clear(stage, force, say)
         if not done and not stage.splits:
             done = stage.make(scheduler)
@@ -112,6 +119,7 @@ def _clear(stage: Stage, force: bool, say: Say) -> str:
         stage.discard()
         status = stage.status()
     elif force and status.state not in ("missing", "blocked"):
+        stage.check()
         stage.drop_share()
         status = stage.status()
     if status.state == "complete":
@@ -148,6 +156,7 @@ def _supply(stage: Stage, before: list[Stage], scheduler: str | None, say: Say) 
             say(rest.label, rest.make(scheduler))
 
 
-def _lock(stage: Stage, say: Say) -> AbstractContextManager[None]:
+def stage_lock(stage: Stage, say: Say) -> AbstractContextManager[None]:
+    """Held while a stage is prepared, and while one that cannot be split is made."""
     path = stage.run.root / f".{stage.label.replace(' ', '-')}.lock"
     return locked(path, lambda: say(stage.label, "another process is at it; waiting"))

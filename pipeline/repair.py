@@ -8,6 +8,7 @@ now is made again too; after the same machine has made the same bits, none is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ..store import KVStore, verify_store
 from ..store.files import write_atomic
 from ..store.table import header_bytes
 from .cluster import ALL, Share
+from .make import stage_lock
 from .run import Run
 from .stages import stages_of
 from .store_stages import StoreStage
@@ -86,7 +88,18 @@ def repair_stage(
     scheduler: str | None,
     say: Callable[[str, str], None],
 ) -> Repaired | None:
-    """The same for one store; None if it is not there."""
+    """The same for one store; None if it is not there.
+
+    What cannot be split is checked and made again by one process at a time: the next finds nothing to do.
+    """
+    alone = not stage.splits and stage.output.exists()
+    with stage_lock(stage, say) if alone else nullcontext():
+        return _repair_stage(stage, failed, share, scheduler, say)
+
+
+def _repair_stage(
+    stage: StoreStage, failed: bool, share: Share, scheduler: str | None, say: Callable[[str, str], None]
+) -> Repaired | None:
     damages: list[str] = []
     try:
         store = KVStore.open(stage.output)
@@ -109,7 +122,12 @@ def repair_stage(
     if any(damage.part is None for damage in found):
         write_atomic(store.path / "parts" / "zarr.json", header_bytes({}))
     if failed:
-        bad |= {p for p in mine if p not in bad and _may_retry(stage, store, p)}
+        retried = {p for p in mine if p not in bad and _may_retry(store, p)}
+        if retried and not stage.splits and share.world_size > 1:
+            # The next rank would find the same samples failed, and take out what the first one reads by then.
+            say(stage.label, f"failed samples are left; kava repair --store {stage.name} --failed, without --rank")
+        else:
+            bad |= retried
     # An older recipe's store may be whole; only to change it, the recipe must be the one that made it.
     waiting = set(store.parts_set_aside()) & set(stage.mine(store.manifest)) - set(store.committed_parts())
     fits = not store.manifest.differences(stage.manifest()) if bad or waiting else True
@@ -167,11 +185,14 @@ def _belongs(store: KVStore, part: int) -> bool:
     return True
 
 
-def _may_retry(stage: StoreStage, store: KVStore, part: int) -> bool:
-    """Whether a part has failed samples that its own stage has computed: those of a derived part are its parent's."""
+def _may_retry(store: KVStore, part: int) -> bool:
+    """Whether a part has failed samples that a model has computed: those of a derived part are its parent's.
+
+    Targets straight from a teacher name what their map was fitted on as a source, but no part that they were made from.
+    """
     if not store.part(part).failed:
         return False
-    return not store.part(part).sources
+    return not any(name == "parent" or name.startswith("target ") for name in store.part(part).sources)
 
 
 def _check_inputs(stage: StoreStage, parts: set[int]) -> None:

@@ -100,7 +100,11 @@ class Stage(ABC):
         Raises:
             StageError: if that cannot be told from the rest.
         """
-        raise StageError(
+        raise self.inseparable()
+
+    def inseparable(self) -> StageError:
+        """What is said if one of several processes is to make it again."""
+        return StageError(
             f"{self.label}: what other ranks write would be thrown away too; remove {self.output} once, then start the "
             "ranks without --force"
         )

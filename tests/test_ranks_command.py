@@ -104,6 +104,15 @@ def test_stage_by_stage_each_rank_makes_its_own(tmp_path: Path, tiny_models: dic
     changed = {part for part in range(8) if (store / f"parts/{part:05d}/zarr.json").stat().st_ino != files[part]}
     assert changed == {2, 3}
     assert "up to date" in kava("project", recipe)
+    assert "there is no part 99" in kava("extract", recipe, "--parts", "99", code=2)
+    # What the others read is nobody's to throw away.
+    before = tree(tmp_path / "ranks/run")
+    for stage in ("student", "reference"):
+        printed = kava("run", recipe, "--only", stage, "--force", stage, "--rank", 1, "--world-size", 2, code=2)
+        assert "what other ranks write would be thrown away too" in printed
+    printed = kava("extract", recipe, "-s", "extract.dtype=float16", "--force", "--parts", "99", code=2)
+    assert "there is no part 99" in printed
+    assert tree(tmp_path / "ranks/run") == before
     out = tmp_path / "copy.zarr"
     for rank in range(2):
         kava("transcode", store, out, "--codec", "none", "--rank", rank, "--world-size", 2)
@@ -125,6 +134,11 @@ def test_only_what_failed_or_is_damaged(tmp_path: Path, tiny_models: dict[str, P
         writer.fail(2, sample[2].sample_id, sample[2].split, "the lights went out")
         writer.commit(written_by=store.part(0).written_by)
     flip(store.path / "parts/00004/keys/c/0/0/0/0", 50)
+    spoiled = tree(store.path)
+    printed = kava("extract", recipe, "-s", "extract.dtype=float16", "--retry-failed", code=2)
+    assert "is not what this recipe describes" in printed
+    assert "goes without --force" in kava("extract", recipe, "--force", "--retry-failed", code=2)
+    assert tree(store.path) == spoiled
     kava("extract", recipe, "--only-failed", "--parts", "0-3")
     assert "part 4" in kava("verify", store.path, code=1)
     printed = kava("extract", recipe, "--only-failed", "--rank", 1, "--world-size", 2)

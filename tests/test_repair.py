@@ -12,7 +12,12 @@ import yaml
 from fixtures.command import kava, write_recipe
 from fixtures.stores import flip, overwrite, tree
 
-from kava.store import KVStore
+from kava.pipeline import load_recipe
+from kava.pipeline.capture_stages import ReferenceStage
+from kava.pipeline.cluster import Share
+from kava.pipeline.repair import repair_stage
+from kava.pipeline.run import Run
+from kava.store import KVStore, Lock
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +178,27 @@ def test_another_recipe_and_missing_parents_are_refused_before_anything_is_lost(
     assert "no such store, only 'extract big'" in kava("repair", recipe, "--store", "nope", code=2)
 
 
+def test_what_is_not_split_is_repaired_by_one_process_at_a_time(done: Path, recipe: Path) -> None:
+    """Another is at it: it has done it by the time it lets go of the lock, and this one finds nothing to do."""
+    run = Run(load_recipe(recipe))
+    stage, part = ReferenceStage(run), run.reference_path / "parts/00001"
+    flip(part / "keys/c/0/0/0/0", 40)
+    lock, told = Lock.take(run.root / ".reference.lock"), []
+    assert lock is not None
+
+    def say(label: str, line: str) -> None:
+        told.append(line)
+        if "waiting" in line:
+            shutil.rmtree(part)
+            shutil.copytree(done.parent / "run/reference.zarr/parts/00001", part)
+            lock.release()
+
+    repaired = repair_stage(stage, failed=False, share=Share(1, 2), scheduler=None, say=say)
+    assert repaired is not None
+    assert (repaired.damages, repaired.parts) == ((), ())
+    assert [line.split()[-1] for line in told] == ["waiting", "written"]
+
+
 def test_failed_samples_on_request(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
     recipe = write_recipe(tmp_path, tiny_models, extract={"too_long": "skip"})
     corpus = tmp_path / "corpus.jsonl"
@@ -180,6 +206,9 @@ def test_failed_samples_on_request(tmp_path: Path, tiny_models: dict[str, Path])
     kava("run", recipe, "--until", "project")
     before, stamps = tree(tmp_path / "run"), _stamps(tmp_path / "run")
     assert "again" not in kava("repair", recipe)
+    assert _stamps(tmp_path / "run") == stamps
+    printed = kava("repair", recipe, "--failed", "--store", "reference", "--rank", 0, "--world-size", 2)
+    assert "failed samples are left" in printed
     assert _stamps(tmp_path / "run") == stamps
     assert "made part 1 again" in kava("repair", recipe, "--failed")
     changed = {name for name, inode in _stamps(tmp_path / "run").items() if stamps.get(name) != inode}

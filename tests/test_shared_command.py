@@ -53,6 +53,16 @@ def test_two_recipes_share_a_capture(
     assert (tmp_path / "second/teachers/renamed.zarr").resolve() != store
     assert tree(store) == whole
     assert "up to date" in kava("extract", first)
+    # As where it is already in its place: what another run has captured, before there is a link to it.
+    place = tmp_path / "second/teachers/renamed.zarr"
+    place.unlink()
+    assert "is shared with other runs" in kava("extract", second, "--force", code=2)
+    place.unlink()
+    inode = (store / "parts/00000").stat().st_ino
+    kava("extract", second, "--force", "--parts", "0")
+    assert (store / "parts/00000").stat().st_ino != inode
+    assert place.resolve() == store
+    assert tree(store) == whole
     # What others read is not thrown away as a whole.
     assert "is shared with other runs" in kava("extract", first, "--force", code=2)
     kava("extract", first, "--force", "--parts", "2")

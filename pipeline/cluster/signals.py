@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+from ...errors import EXIT_RETRY, RetryLaterError
+
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -21,24 +23,42 @@ def stopping_on_signals() -> Iterator[None]:
 
     The part that is being captured is dropped then; parts that are transformed on threads are finished. A second Ctrl-C
     does not wait for that. A signal that was ignored before, as by nohup, stays so.
+
+    Where the process is to leave with `EXIT_RETRY`, nothing is put back: the interpreter has yet to wait for its
+    threads, and what a batch system sends meanwhile must not change the exit code.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def stop(number: int, frame: Any) -> None:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+    def heed_no_more() -> None:
         for other in STOP_SIGNALS[:2]:
             signal.signal(other, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if before[signal.SIGINT] is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def stop(number: int, frame: Any) -> None:
+        heed_no_more()
         why = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
         raise Stopped(f"{why}; finished parts are kept, the same command goes on")
 
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, stop)
+    leaves = False
     try:
         yield
+    except (Stopped, RetryLaterError):
+        leaves = True
+        raise
+    except SystemExit as error:
+        leaves = error.code == EXIT_RETRY
+        raise
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if leaves:
+            heed_no_more()
+        else:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from hypothesis import given
@@ -13,7 +16,7 @@ from kava.errors import RecipeError
 from kava.pipeline.cluster.environment import rank_from_environment
 from kava.pipeline.cluster.options import share_of
 from kava.pipeline.cluster.share import Share, format_parts, parse_parts
-from kava.pipeline.cluster.signals import Stopped, stopping_on_signals
+from kava.pipeline.cluster.signals import STOP_SIGNALS, Stopped, stopping_on_signals
 
 
 def array(index: int, count: int, first: int = 0, step: int = 1) -> dict[str, str]:
@@ -115,7 +118,7 @@ def test_parts_of_the_command_line() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
 def test_one_signal_stops_and_later_ones_wait(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
+    before = {other: signal.getsignal(other) for other in STOP_SIGNALS}
 
     def work() -> None:
         with stopping_on_signals():
@@ -124,6 +127,40 @@ def test_one_signal_stops_and_later_ones_wait(number: signal.Signals) -> None:
             finally:
                 os.kill(os.getpid(), number)  # While it cleans up.
 
-    with pytest.raises(Stopped, match=f"stopped by {number.name}"):
-        work()
-    assert signal.getsignal(number) is before
+    try:
+        with pytest.raises(Stopped, match=f"stopped by {number.name}"):
+            work()
+        os.kill(os.getpid(), number)  # And on its way out.
+    finally:
+        for other, handler in before.items():
+            signal.signal(other, handler)
+    with stopping_on_signals():
+        assert signal.getsignal(number) is not before[number]
+    assert signal.getsignal(number) is before[number]
+
+
+LINGERING = """
+import os, signal, threading, time
+from kava.errors import RetryLaterError
+from kava.pipeline import cli
+
+@cli.app.command()
+def linger(trains: bool = False) -> None:
+    threading.Thread(target=lambda: time.sleep(1)).start()  # The interpreter waits for it.
+    if trains:
+        raise RetryLaterError("stopped after a step")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["--trains"]])
+def test_a_signal_while_the_interpreter_ends_does_not_change_the_exit_code(options: list[str]) -> None:
+    words = [sys.executable, "-c", LINGERING, "linger", *options]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "stopped" in process.stderr.readline()
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 75

@@ -51,6 +51,11 @@ def test_a_map_that_does_not_fit_leaves_the_targets(done: Path) -> None:
     assert _state(done, "project big", "-s", "project.layers=[0,1]") == "stale"
     # Told before a capture, not after it.
     assert "identity needs equal heads" in kava("run", done, "--dry-run", "-s", "project.heads=identity")
+    captured = tree(done.parent / "run/teachers")
+    for options in ([], ["--parts", "0"]):
+        printed = kava("extract", done, "-s", "project.heads=identity", "--force", *options, code=2)
+        assert "identity needs equal heads" in printed
+    assert tree(done.parent / "run/teachers") == captured
     shutil.rmtree(done.parent / "run/teachers")
     assert "identity needs equal heads" in kava("extract", done, "-s", "project.heads=identity", code=2)
     assert not (done.parent / "run/teachers").exists()
@@ -94,16 +99,17 @@ def test_targets_straight_from_a_teacher_are_costly(tmp_path: Path, tiny_models:
         printed = kava("inspect", absent, "--align", store.part(number).ids[0])
         assert " text tokens, " in printed
         # A sample that failed on the way is asked for again.
-        store.drop_part(number)
-        with store.write_part(number) as writer:
-            for position, index in enumerate(store.manifest.part_samples(number)):
-                record = run.corpus.records[index]
-                writer.fail(position, record.sample_id, record.split, "out of memory")
-            writer.commit(ProjectStage(run, "big").prepare(KVStore.open(run.teacher_path("big"))).sources)
-        assert len(KVStore.open(absent).failed) == 2
-        kava("extract", recipe, "--retry-failed")
-        kava("project", recipe)
-        assert KVStore.open(absent).failed == {}
+        for command in (["extract", recipe, "--retry-failed"], ["project", recipe, "--only-failed"]):
+            store.drop_part(number)
+            with store.write_part(number) as writer:
+                for position, index in enumerate(store.manifest.part_samples(number)):
+                    record = run.corpus.records[index]
+                    writer.fail(position, record.sample_id, record.split, "out of memory")
+                writer.commit(ProjectStage(run, "big").prepare(KVStore.open(run.teacher_path("big"))).sources)
+            assert len(KVStore.open(absent).failed) == 2
+            kava(*command)
+            kava("project", recipe)
+            assert KVStore.open(absent).failed == {}
     assert tree(tmp_path / "run/targets") == targets
 
 
