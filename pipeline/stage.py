@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ..errors import AlignmentError, DamagedStoreError, StageError, StoreNotFoundError
+from ..errors import AlignmentError, DamagedStoreError, KavaError, StageError, StoreNotFoundError
 from ..store.files import disk_errors, remove
 from .cluster.share import ALL, Share
 from .run import Run
@@ -93,6 +93,21 @@ class Stage(ABC):
             return Status(state, str(error))
         except DamagedStoreError as error:
             return Status("damaged", str(error))
+
+    def look(self) -> Status:
+        """The state for those who only look: what keeps it from being told is part of it, not raised.
+
+        What makes an output calls `status`, which says by its error what is wrong.
+        """
+        try:
+            return self.status()
+        except KavaError as error:
+            return self.uncompared(error)
+
+    def uncompared(self, error: KavaError) -> Status:
+        """What there is of an output that cannot be compared with the recipe, because of `error`."""
+        there = "it is there" if self.output.exists() else "it is not there"
+        return Status("blocked", f"{there}, and cannot be compared with the recipe: {error}")
 
     def drop_share(self) -> None:
         """Removes what is this process's to make.

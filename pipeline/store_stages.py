@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import KavaError, StageError, StoreNotFoundError
+from ..errors import KavaError, StageError, StoreError, StoreNotFoundError
 from ..extract import Corpus, Encoder, Teacher, capture_store
 from ..progress import progress
 from ..store import KVStore, Manifest, digest_json, locked
@@ -64,6 +64,19 @@ class StoreStage(Stage):
         failed = len(store.failed)
         detail += f", {failed} failed samples" if failed else ""
         return Status(state, detail, total - len(missing), total, len(outdated), failed)
+
+    def uncompared(self, error: KavaError) -> Status:
+        """How many parts there are, of a recipe that cannot say which it wants; or that the store is damaged itself."""
+        try:
+            store = KVStore.open(self.output)
+            total = store.manifest.num_parts
+            done, failed = total - len(store.missing_parts()), len(store.failed)
+        except StoreNotFoundError:
+            return super().uncompared(error)
+        except StoreError as damage:
+            return Status("damaged", str(damage))
+        detail = f"{done} of {total} parts are there, and cannot be compared with the recipe: {error}"
+        return Status("blocked", detail, done, total, None, failed)
 
     def wanted(self, manifest: Manifest) -> list[int]:
         """The parts that this stage makes."""

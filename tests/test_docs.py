@@ -11,15 +11,17 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer
 import yaml
 from fixtures.documents import DOCS, PAGES, ROOT, blocks, commands
+from pydantic import BaseModel
 
 from kava.pipeline.cli import app
-from kava.pipeline.recipe import load_recipe
+from kava.pipeline.recipe import Recipe, load_recipe
+from kava.train.settings import TrainSettings
 
 ROOMS = ("store", "extract", "pipeline", "train")
 GROUP: Any = typer.main.get_command(app)
@@ -110,6 +112,35 @@ def test_examples_in_python_know_their_names(page: Path) -> None:
     ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--quiet", "--select", "F821,F401,E9", "-"]
     run = subprocess.run(ruff, input=code, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout
+
+
+def _keys(kind: Any) -> set[str]:
+    """Every key of a section and of what lies below it; empty for what is none."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return {*kind.model_fields}.union(*(_keys(field.annotation) for field in kind.model_fields.values()))
+    return set().union(*map(_keys, get_args(kind)))
+
+
+def test_the_recipes_page_has_every_key() -> None:
+    page = re.sub(r"^```.*?^```", "", (DOCS / "recipe.md").read_text(), flags=re.M | re.S)
+    first, *sections = re.split(r"^## ", page, flags=re.M)
+    text = {section.splitlines()[0]: section for section in sections}
+    text["teachers"] += text["extract"]  # It has the engine.
+    for name, field in Recipe.model_fields.items():
+        keys = _keys(field.annotation)
+        named = set(re.findall(r"\w+", " ".join(re.findall(r"`[^`]+`", text[name] if keys else first))))
+        assert not (missing := (keys or {name}) - named), f"{name}: {missing} are not in docs/recipe.md"
+
+
+def test_the_recipes_page_has_the_defaults_of_a_training() -> None:
+    text, found = (DOCS / "recipe.md").read_text().partition("\n## train\n")[2].partition("\n## compare\n")[0], 0
+    for key, field in TrainSettings.model_fields.items():
+        for stated in re.findall(rf"^\| `{key}` \| `?([\w.-]+)`? \|", text, re.M):
+            default: Any = field.default
+            assert (type(default)(yaml.safe_load(stated)) if default is not None else None) == default, key
+            assert default is not None or stated == "none", key
+            found += 1
+    assert found > 15
 
 
 def test_every_page_is_on_the_site() -> None:

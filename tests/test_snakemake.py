@@ -129,3 +129,14 @@ def test_several_teachers_slots_and_arms_are_planned(tmp_path: Path, tiny_models
         "compared": 1,
     }
     assert "kava: recipe" in snakemake(tmp_path, "-n", more="set=train.alhpa=1", code=1)
+    # An arm that learns of another teacher waits for that one's targets, and no other does.
+    del whole["fuse"], whole["select"]
+    whole["train"]["teacher"] = "big"
+    whole["compare"] = {"arms": {"none": {}, "second": {"teacher": "other"}}, "seeds": [0]}
+    recipe.write_text(yaml.safe_dump(whole))
+    assert jobs(snakemake(tmp_path, "-n")) == {"extract": 6, "student": 1, "project": 6, "compare": 2, "compared": 1}
+    (one,) = re.findall(
+        r"^rule compare:\n    input: (.*)\n", snakemake(tmp_path, "-n", "run/snakemake/compare/second/0"), re.M
+    )
+    assert "project/other/" in one
+    assert "project/big/" not in one

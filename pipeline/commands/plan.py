@@ -62,11 +62,10 @@ def print_plan(plan: Plan, chosen: list[str], out: Console) -> None:
     stages = Table("stage", "state", "output", box=None, pad_edge=False)
     for stage in stages_of(run):
         if stage.name in chosen:
-            try:
-                state = stage.status().state
-            except KavaError:
-                state = "blocked"
-            stages.add_row(stage.label, "missing" if state == "blocked" else state, escape(str(stage.output)))
+            state = stage.look().state
+            if state == "blocked" and not stage.output.exists():  # What it needs is made before it.
+                state = "missing"
+            stages.add_row(stage.label, state, escape(str(stage.output)))
     wide.print(stages)
     out.print()
     if plan.unreached:

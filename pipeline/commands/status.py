@@ -28,7 +28,7 @@ def survey(run: Run) -> dict[str, Any]:
     """The state of every output: what `kava status --json` prints; docs/cluster.md has its keys."""
     rows = []
     for stage in stages_of(run):
-        found = stage.status()
+        found = stage.look()
         named = {"stage": stage.label, "name": stage.name, "teacher": stage.teacher, "output": str(stage.output)}
         rows.append(named | asdict(found))
     complete = all(row["state"] == "complete" for row in rows)

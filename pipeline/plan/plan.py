@@ -185,7 +185,7 @@ def _disks(plan: Plan) -> list[Disk]:
     for store in plan.stores:
         path = store.path
         if plan.run.recipe.store_dir is not None and store.label.startswith("extract ") and not path.exists():
-            path = Path(plan.run.recipe.store_dir).expanduser() / path.name
+            path = _shared(plan.run, store.label.removeprefix("extract "))
         there = size_of(path) if _is_there(path) else 0
         place = path
         while not place.exists():
@@ -194,6 +194,15 @@ def _disks(plan: Plan) -> list[Disk]:
         first, total = needed.get(device, (place, 0))
         needed[device] = first, total + max(0, store.size.bytes - there)
     return [Disk(str(place), total, shutil.disk_usage(place).free) for place, total in needed.values()]
+
+
+def _shared(run: Run, name: str) -> Path:
+    """Where a capture is kept for other runs too; somewhere beside them if its name cannot be had yet."""
+    try:
+        path = run.shared_path(name)
+    except KavaError:
+        path = None
+    return path or Path(str(run.recipe.store_dir)).expanduser() / run.teacher_path(name).name
 
 
 def _is_there(path: Path) -> bool:

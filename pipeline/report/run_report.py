@@ -7,7 +7,9 @@ A part of the page whose numbers are not there yet says which command makes them
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,12 +68,21 @@ def write_report(run: Run, *, project: bool = True, say: Callable[[str], None] =
 
 def output_of(stage: Stage) -> Output:
     """What a stage has made, by the files that are there."""
-    status = stage.status()
-    files = [path for path in stage.output.resolve().rglob("*") if path.is_file()] if stage.output.is_dir() else []
-    times, sizes = [path.stat().st_mtime for path in files], [path.stat().st_size for path in files]
-    return Output(
-        stage.label, status.state, status.detail, sum(sizes), max(times) - min(times) if len(times) > 1 else None
-    )
+    status = stage.look()
+    files = _files(stage.output.resolve()) if stage.output.is_dir() else []
+    times = [file.st_mtime for file in files]
+    size = sum(file.st_size for file in files)
+    return Output(stage.label, status.state, status.detail, size, max(times) - min(times) if len(times) > 1 else None)
+
+
+def _files(folder: Path) -> list[os.stat_result]:
+    """Every file below a folder, but for those that a running stage removes meanwhile, as training does checkpoints."""
+    found = []
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                found.append(Path(root, name).stat())
+    return found
 
 
 def _summary(run: Run) -> dict[str, Any] | None:
@@ -253,7 +264,11 @@ def _provenance(page: Page, run: Run) -> None:
         )
     versions: dict[str, str] = {}
     for label, path in _stores(run):
-        manifest = KVStore.open(path).manifest
+        try:
+            manifest = KVStore.open(path).manifest
+        except KavaError as error:
+            rows.append([label, "-", str(error)])
+            continue
         weights = manifest.model.weights_digest or manifest.model.revision or "-"
         rows.append(
             [label, manifest.fingerprint, f"{manifest.geometry}, {manifest.dtype}, {manifest.codec}; weights {weights}"]

@@ -1,0 +1,120 @@
+"""Looking at a run when not all is well: status, report and dry run say what there is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import pytest
+from fixtures.command import kava, write_recipe
+
+from kava.pipeline import load_recipe
+from kava.pipeline.report.run_report import output_of
+from kava.pipeline.run import Run
+from kava.pipeline.stages import stages_of
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path]) -> Path:
+    """Of a run that is complete, with a teacher of its own."""
+    root = tmp_path_factory.mktemp("looking")
+    shutil.copytree(tiny_models["teacher"], root / "teacher")
+    path: Path = write_recipe(root, {**tiny_models, "teacher": root / "teacher"})
+    kava("run", path)
+    return path
+
+
+@pytest.fixture
+def away(recipe: Path) -> Iterator[Any]:
+    """Moves a file or folder beside the recipe away, until the test is over."""
+    moved = []
+
+    def move(name: str) -> None:
+        path = recipe.parent / name
+        moved.append((path.rename(path.with_name(f"{path.name}.away")), path))
+
+    yield move
+    for there, back in moved:
+        there.rename(back)
+
+
+def _stages(recipe: Path) -> dict[str, dict[str, Any]]:
+    return {row["stage"]: row for row in json.loads(kava("status", recipe, "--json"))["stages"]}
+
+
+def test_without_the_teacher(recipe: Path, away: Any) -> None:
+    """It need not be on the machine that trains, and looks."""
+    away("teacher")
+    found = _stages(recipe)
+    assert {label: row["state"] for label, row in found.items()} == {
+        "student": "complete",
+        "extract big": "blocked",
+        "reference": "complete",
+        "project big": "complete",
+        "train": "complete",
+    }
+    capture = found["extract big"]
+    assert (capture["parts_done"], capture["parts_total"], capture["failed_samples"]) == (5, 5, 0)
+    assert "5 of 5 parts are there" in capture["detail"]
+    assert "there is no such file or folder" in capture["detail"]
+    assert kava("status", recipe).count("complete") == 4
+    printed = kava("run", recipe, "--dry-run")
+    assert "extract big  blocked" in printed
+    kava("report", recipe, "--no-projection")
+    assert "5 of 5 parts are there" in (recipe.parent / "run/report.html").read_text()
+    # What makes something is refused as ever, and throws nothing away.
+    assert "there is no such file or folder" in kava("extract", recipe, "--force", code=2)
+    assert _stages(recipe)["extract big"]["parts_done"] == 5
+
+
+def test_without_the_corpus(recipe: Path, away: Any) -> None:
+    away("corpus.jsonl")
+    found = _stages(recipe)
+    assert found["extract big"]["state"] == found["project big"]["state"] == "blocked"
+    assert found["project big"]["parts_done"] == 5
+    assert found["train"]["state"] == "complete"
+    kava("report", recipe, "--no-projection")
+
+
+def test_with_a_damaged_manifest(recipe: Path) -> None:
+    header = recipe.parent / "run/teachers/big.zarr/zarr.json"
+    whole = header.read_bytes()
+    header.chmod(0o644)
+    header.write_bytes(whole[:100])
+    try:
+        found = _stages(recipe)
+        kava("report", recipe, "--no-projection")
+    finally:
+        header.write_bytes(whole)
+    assert found["extract big"]["state"] == "damaged"
+    assert found["project big"]["state"] == "blocked"
+    assert found["project big"]["parts_done"] == 5
+    assert found["train"]["state"] == "complete"
+    assert all(str(header) in found[label]["detail"] for label in ("extract big", "project big"))
+    assert str(header) in (recipe.parent / "run/report.html").read_text()
+
+
+def test_a_report_while_files_are_rotated_away(recipe: Path) -> None:
+    """As a running training does with its checkpoints."""
+    folder, stop = recipe.parent / "run/students/kv/rotated", Event()
+
+    def rotate() -> None:
+        while not stop.is_set():
+            for number in range(20):
+                folder.mkdir(exist_ok=True)
+                (folder / f"{number}.bin").write_bytes(b"x")
+            shutil.rmtree(folder)
+
+    thread = Thread(target=rotate)
+    thread.start()
+    try:
+        stage = next(s for s in stages_of(Run(load_recipe(recipe))) if s.name == "train")
+        sizes = {output_of(stage).size for _ in range(100)}
+    finally:
+        stop.set()
+        thread.join()
+    assert max(sizes) - min(sizes) <= 20
