@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..errors import RecipeError
+from ..store.files import disk_errors, remove
 from .settings import TrainSettings
 from .trackers import PROJECT
 
@@ -106,6 +108,27 @@ def training_arguments(settings: TrainSettings, out: Path, *, has_heldout: bool)
 
 
 def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
-    """The newest checkpoint that is whole, and its step; the Trainer's state is the last of its files to be written."""
-    steps = [int(path.parent.name.split("-")[1]) for path in folder.glob("checkpoint-*/trainer_state.json")]
+    """The newest checkpoint that is whole, and its step."""
+    steps = [int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*") if _is_whole(path)]
     return (folder / f"checkpoint-{max(steps)}", max(steps)) if steps else (None, 0)
+
+
+def begin_at(folder: Path) -> tuple[Path | None, int]:
+    """What `last_checkpoint` gives, after checkpoints that are not whole are removed.
+
+    The Trainer counts them like any other, and would keep one of a later step in the place of those to come.
+    """
+    with disk_errors(folder):
+        for path in folder.glob("checkpoint-*"):
+            if not _is_whole(path):
+                remove(path)
+    return last_checkpoint(folder)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the Trainer's state, the last of the files to be written, is there and not torn."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True

@@ -15,7 +15,7 @@ from transformers import PrinterCallback
 from ..errors import RetryLaterError, StageError
 from ..store import Split
 from ..store.files import disk_errors
-from .arguments import last_checkpoint, training_arguments
+from .arguments import begin_at, last_checkpoint, training_arguments
 from .callbacks import Log, Steps, StopOnSignal
 from .checks import check_packing, check_targets
 from .data import TargetCollator, TargetDataset, Targets
@@ -68,7 +68,7 @@ def train_student(
         StageError: if the store is not made for this student, or the KV loss would have no gradient; before the first
             update.
         TrainingError: if a loss or a gradient is not finite; the last checkpoint stays.
-        RetryLaterError: after a signal to stop.
+        RetryLaterError: after a signal to stop, with a checkpoint.
         BackendNotInstalledError: if a tracker or peft is not installed.
     """
     ranks = ranks or Ranks()
@@ -77,7 +77,8 @@ def train_student(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     collator = TargetCollator(pad or 0, tuple(settings.ce_segments))
     feed = Feed(datasets, collator, settings, args, ranks)
-    checkpoint, begun = ranks.first(lambda: last_checkpoint(out / "checkpoints"))
+    checkpoints = out / "checkpoints"
+    checkpoint, begun = ranks.first(lambda: begin_at(checkpoints))
 
     with (
         disk_errors(out),
@@ -103,7 +104,8 @@ def train_student(
             trainer.load_state(checkpoint)
         if not trainer.finished:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if stop.agree():
+        # A signal behind the last step may find no checkpoint: the training is finished then, and is saved.
+        if stop.agree() and ranks.first(lambda: last_checkpoint(checkpoints)[1]) == trainer.state.global_step:
             raise agreed(
                 RetryLaterError(
                     f"{out}: stopped by {stop.caught} after step {trainer.state.global_step} with a checkpoint; the "
@@ -114,7 +116,7 @@ def train_student(
         if ranks.is_first:
             (model if settings.lora is None else save_merged(model, out)).save_pretrained(out)
             tokenizer.save_pretrained(out)
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+            shutil.rmtree(checkpoints, ignore_errors=True)
         ranks.wait()
     metrics = {name.removeprefix("heldout_"): value for name, value in metrics.items() if name.startswith("heldout_")}
     return TrainResult(int(trainer.state.global_step), metrics, trainer.alpha)

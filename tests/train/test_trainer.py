@@ -24,6 +24,7 @@ from kava.tap import KVTap
 from kava.train import TrainSettings, load_student, train_student
 from kava.train.callbacks import STOP_SIGNALS
 from kava.train.diagnostics import CollapseAlarm, spread_ratio
+from kava.train.feed import Feed
 from kava.train.losses import LOSSES, KVLoss
 
 LENGTHS = [9, 14, 6, 11, 8, 17, 5, 12, 10]
@@ -289,6 +290,42 @@ def test_a_signal_leaves_a_checkpoint_and_the_old_handlers(train: Train, tmp_pat
     assert [line["step"] for line in again if "heldout_kv" in line] == [2, 4]
     models = [load_student(tmp_path / name)[0].state_dict() for name in ("whole", "cut")]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_a_signal_in_the_last_evaluation_without_checkpoints_ends_in_the_whole_student(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is nothing to go on from: what is left is less than to begin again."""
+    heldout = Feed.heldout
+
+    def asked(feed: Feed) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return heldout(feed)
+
+    monkeypatch.setattr(Feed, "heldout", asked)
+    lines = train("asked", eval_steps=4)
+    monkeypatch.undo()
+    assert any("heldout_kv" in line for line in lines)
+    assert _steps(lines) == _steps(train("whole", eval_steps=4))
+    models = [load_student(tmp_path / name)[0].state_dict() for name in ("whole", "asked")]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_torn_checkpoints_are_removed_and_do_not_push_out_whole_ones(train: Train, tmp_path: Path) -> None:
+    def ask(step: int, total: int) -> None:
+        if step in (2, 3):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    checkpoints = tmp_path / "cut/checkpoints"
+    with pytest.raises(RetryLaterError, match="after step 2 with a checkpoint"):
+        train("cut", on_step=ask)
+    (checkpoints / "checkpoint-5").mkdir()
+    (checkpoints / "checkpoint-6").mkdir()
+    (checkpoints / "checkpoint-6/trainer_state.json").write_text('{"epoch": 0.5, "glo')
+    with pytest.raises(RetryLaterError, match="after step 3 with a checkpoint"):
+        train("cut", on_step=ask)
+    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-3"]
+    assert _steps(train("cut")) == _steps(train("whole"))
 
 
 def test_spread_is_what_varies_from_token_to_token() -> None:
