@@ -296,22 +296,6 @@ def test_a_signal_leaves_a_checkpoint_and_the_old_handlers(
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
-def test_a_second_interruption_ends_at_once_and_an_ignored_one_never() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        with StopOnSignal(Ranks()) as stop:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert stop.caught == "SIGINT"
-            assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-        assert signal.getsignal(signal.SIGINT) is before
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        with StopOnSignal(Ranks()) as stop:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert stop.caught is None
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def test_spread_is_what_varies_from_token_to_token() -> None:
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(200, 2, 4, generator=generator) + 100
@@ -338,3 +322,19 @@ def test_a_collapse_is_told(train: Train, capsys: pytest.CaptureFixture[str]) ->
     assert told
     assert told[0]["step"] == next(n for n, spread in enumerate(spreads, 1) if spread < threshold)
     assert f"kava: step {told[0]['step']}: {told[0]['warning']}" in capsys.readouterr().err
+
+
+def test_a_second_interruption_ends_at_once_and_an_ignored_one_never() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with StopOnSignal(Ranks()) as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.caught == "SIGINT"
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) is before
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with StopOnSignal(Ranks()) as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.caught is None
+    finally:
+        signal.signal(signal.SIGINT, before)
