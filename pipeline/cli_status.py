@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -62,7 +64,10 @@ def status(
     if every is not None and not watch:
         raise RecipeError("--every goes with --watch")
     if watch:
-        watch_run(lambda: survey(load(recipe, overrides)), out, every)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # Watching leaves nothing to go on with.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        with suppress(KeyboardInterrupt):
+            watch_run(lambda: survey(load(recipe, overrides)), out, every)
         return
     found = survey(load(recipe, overrides))
     if as_json:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import RecipeError, StageError
+from ..errors import KavaError, RecipeError, StageError
 from ..store import Split, digest_json
 from ..store.files import write_atomic
 from ..train.arms import Arm, CompareSettings, NeedsError, run_name
@@ -177,16 +178,44 @@ def save_summary(run: Run) -> dict[str, Any]:
     if not trained:
         raise StageError(f"{run.compare_dir}: no training of the comparison is finished; kava compare")
     found = summarise(trained, arms_of(run), compare_settings(run))
-    store = run.open_target(run.train_teacher)
-    provenance = {
-        "student": run.student_key,
-        "corpus": run.corpus.digest,
-        "targets": store.manifest.fingerprint,
-        "versions": store.manifest.versions,
-    }
+    provenance: dict[str, Any] = {name: read(run) for name, read in _MADE_OF.items()}
+    provenance["versions"] = run.open_target(run.train_teacher).manifest.versions
     summary = {"train": run.recipe.train.model_dump(mode="json"), **found, "provenance": provenance}
     write_atomic(run.compare_dir / SUMMARY, json.dumps(summary, indent=1).encode())
     return summary
+
+
+_MADE_OF: Final[dict[str, Callable[[Run], str]]] = {
+    "student": lambda run: run.student_key,
+    "corpus": lambda run: run.corpus.digest,
+    "targets": lambda run: run.open_target(run.train_teacher).manifest.fingerprint,
+}
+
+
+def outdated(run: Run, summary: dict[str, Any]) -> list[str]:
+    """What of a run is not what a summary was made of: keys of its recipe, and `student`, `corpus` and `targets`.
+
+    What cannot be told, because it is not on this machine, is not among them.
+    """
+    try:
+        then = TrainSettings.model_validate(summary["train"]).determining()
+    except ValueError:  # Of another version, with other keys.
+        then = dict(summary["train"])
+    now = run.recipe.train.determining()
+    keys = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key) and key != "seed")
+    found = [f"train.{key}" for key in keys]
+    if (settings := run.recipe.compare) is not None:
+        arms = {a.name: [a.targets, json.loads(json.dumps(a.overrides))] for a in settings.possible(run.recipe.train)}
+        known = {name: [arm["targets"], arm["overrides"]] for name, arm in summary["arms"].items()}
+        absent = {name for name, _ in summary["missing"]}
+        if any(arms.get(name) != how for name, how in known.items()) or arms.keys() - known.keys() - absent:
+            found.append("compare.arms")
+        found += [f"compare.{key}" for key in ("seeds", "baseline") if getattr(settings, key) != summary[key]]
+    for name, read in _MADE_OF.items():
+        with suppress(KavaError):
+            if read(run) != summary["provenance"][name]:
+                found.append(name)
+    return found
 
 
 def _finished(run: Run) -> Iterator[Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -106,6 +108,16 @@ def test_status_for_programs(tmp_path: Path, tiny_models: dict[str, Path]) -> No
     assert rows["student"]["parts_total"] is None
     assert "goes with --watch" in kava("status", recipe, "--every", 3, code=2)
     assert "for people" in kava("status", recipe, "--watch", "--json", code=2)
+
+
+def test_an_interruption_ends_watching(
+    tmp_path: Path, tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_models)
+    monkeypatch.setattr(time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGINT))
+    printed = kava("status", recipe, "--watch").splitlines()
+    assert len(printed) == 1
+    assert "missing" in printed[0]
 
 
 def test_watching_ends_when_all_is_complete(tmp_path: Path, tiny_models: dict[str, Path]) -> None:

@@ -18,8 +18,8 @@ from transformers.integrations import TensorBoardCallback
 from .ranks import Ranks
 from .trackers import finish_trackers, tracker_callbacks
 
-STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
-"""What cluster schedulers send some time before they kill."""
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""What cluster schedulers send some time before they kill, and Ctrl-C."""
 
 
 class JsonLog(TrainerCallback):  # type: ignore[misc]
@@ -100,9 +100,10 @@ class Steps(TrainerCallback):  # type: ignore[misc]
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]
-    """While it is open, SIGTERM and SIGUSR1 end the training after the step in hand, with a checkpoint.
+    """While it is open, SIGTERM, SIGUSR1 and Ctrl-C end the training after the step in hand, with a checkpoint.
 
-    A context manager; the handlers from before are always put back. Processes forked meanwhile, which read the store,
+    A context manager; the handlers from before are always put back. A second Ctrl-C does not wait for the step, and
+    one that is ignored, as in the background of a script, stays so. Processes forked meanwhile, which read the store,
     do not react. Outside the main thread, where Python allows no handlers, nothing is caught. Of several ranks all stop
     after the same step, whichever of them was sent the signal.
     """
@@ -116,7 +117,11 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
 
     def __enter__(self) -> StopOnSignal:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+            self._before = {
+                number: signal.signal(number, self._note)
+                for number in STOP_SIGNALS
+                if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN
+            }
         return self
 
     def __exit__(
@@ -128,6 +133,8 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._owner:
             self.caught = signal.Signals(number).name
+            if number == signal.SIGINT:
+                signal.signal(number, signal.SIG_DFL)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Asks for a checkpoint and the end."""

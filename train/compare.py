@@ -67,8 +67,10 @@ def summarise(trained: Sequence[Trained], arms: Sequence[Arm], settings: Compare
     Returns:
         `arms`: for each that has a training, its settings, `runs`, the metrics' means and 95 % intervals over seeds,
         that of `ce` over held-out samples, the mean held-out curve, KV errors per layer, and `steps_to_baseline` of
-        each seed. `differences`: of each arm from each other, see `difference`. `missing`: arms and seeds that are not
-        trained yet.
+        each seed. `curve_steps`: the steps at which every training was measured, which mean curves and
+        `steps_to_baseline` are of: an arm that was looked at more often would reach a level earlier by that alone.
+        `differences`: of each arm from each other, see `difference`. `missing`: arms and seeds that are not trained
+        yet.
 
     Raises:
         StageError: if two trainings were not measured on the same samples.
@@ -77,10 +79,11 @@ def summarise(trained: Sequence[Trained], arms: Sequence[Arm], settings: Compare
     by_arm = {arm.name: [t for t in trained if t.arm == arm.name] for arm in arms}
     # From the curve too: that was measured in the precision of training, as the curves that are to reach it.
     levels = {t.seed: t.curve[-1][1] for t in by_arm[settings.baseline] if t.curve}
+    steps = common_steps(trained)
     found: dict[str, Any] = {}
     for arm in arms:
         if runs := sorted(by_arm[arm.name], key=lambda t: t.seed):
-            found[arm.name] = {"targets": arm.targets, "overrides": arm.overrides, **_of_arm(runs, levels)}
+            found[arm.name] = {"targets": arm.targets, "overrides": arm.overrides, **_of_arm(runs, levels, steps)}
     done = {(t.arm, t.seed) for t in trained}
     missing = [[arm.name, seed] for arm in arms for seed in settings.seeds if (arm.name, seed) not in done]
     pairs = [difference(by_arm[a], by_arm[b]) for a, b in itertools.permutations(found, 2)]
@@ -88,6 +91,7 @@ def summarise(trained: Sequence[Trained], arms: Sequence[Arm], settings: Compare
         "baseline": settings.baseline,
         "seeds": settings.seeds,
         "heldout_samples": len(trained[0].heldout.sample_ids) if trained else 0,
+        "curve_steps": steps,
         "arms": found,
         "differences": [pair for pair in pairs if pair is not None],
         "missing": missing,
@@ -124,11 +128,16 @@ def difference(ours: Sequence[Trained], theirs: Sequence[Trained]) -> dict[str, 
     }
 
 
-def _of_arm(runs: list[Trained], levels: dict[int, float]) -> dict[str, Any]:
+def common_steps(trained: Sequence[Trained]) -> list[int]:
+    """The steps at which all were measured that have a curve, ascending; the last one is, however often each was."""
+    curves = [{step for step, _ in t.curve} for t in trained if t.curve]
+    return sorted(set.intersection(*curves)) if curves else []
+
+
+def _of_arm(runs: list[Trained], levels: dict[int, float], steps: list[int]) -> dict[str, Any]:
     names = runs[0].heldout.metrics
     over_seeds = {name: asdict(mean_over_seeds([t.heldout.metrics[name] for t in runs])) for name in names}
     tokens = np.asarray(runs[0].heldout.tokens, dtype=np.float64)
-    curve = _mean_curve(runs)
     return {
         "runs": [
             {"seed": t.seed, "folder": str(t.folder), **t.record, "metrics": t.heldout.metrics, "curve": t.curve}
@@ -136,11 +145,15 @@ def _of_arm(runs: list[Trained], levels: dict[int, float]) -> dict[str, Any]:
         ],
         "metrics": over_seeds,
         "ce_interval_samples": bootstrap_interval(_mean_nats(runs), tokens),
-        "curve": curve,
+        "curve": _mean_curve(runs, steps),
         "kv_error": {
             name: np.mean([t.heldout.errors[name] for t in runs], axis=0).tolist() for name in runs[0].heldout.errors
         },
-        "steps_to_baseline": {str(t.seed): steps_to(t.curve, levels[t.seed]) for t in runs if t.seed in levels},
+        "steps_to_baseline": {
+            str(t.seed): steps_to([point for point in t.curve if point[0] in steps], levels[t.seed])
+            for t in runs
+            if t.seed in levels
+        },
     }
 
 
@@ -149,11 +162,10 @@ def _mean_nats(runs: Sequence[Trained]) -> Array:
     return mean
 
 
-def _mean_curve(runs: Sequence[Trained]) -> list[dict[str, Any]]:
-    """Of the steps at which every seed was measured: the mean, and 95 % over seeds."""
-    curves = [dict(t.curve) for t in runs]
-    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-    found = ((step, mean_over_seeds([curve[step] for curve in curves])) for step in steps)
+def _mean_curve(runs: Sequence[Trained], steps: Sequence[int]) -> list[dict[str, Any]]:
+    """At these steps: the mean, and 95 % over seeds."""
+    curves = [dict(t.curve) for t in runs if t.curve]
+    found = ((step, mean_over_seeds([curve[step] for curve in curves])) for step in steps if curves)
     return [{"step": step, "ce": mean.mean, "interval": mean.interval} for step, mean in found]
 
 

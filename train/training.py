@@ -52,8 +52,8 @@ def train_student(
 ) -> TrainResult:
     """Trains the student in folder `student` on the targets of `store` and saves it to `out`.
 
-    An interrupted run goes on at its last checkpoint, and ends as it would have without the interruption. SIGTERM and
-    SIGUSR1 write one after the step in hand.
+    An interrupted run goes on at its last checkpoint, and ends as it would have without the interruption. SIGTERM,
+    SIGUSR1 and Ctrl-C write one after the step in hand.
 
     Args:
         student: a folder with model and tokenizer.

@@ -17,7 +17,7 @@ from typing import Any
 from ...errors import KavaError, StageError
 from ...store import KVStore
 from ...store.files import write_atomic
-from ..compare_stage import SUMMARY
+from ..compare_stage import SUMMARY, outdated
 from ..places import RECORD, read_record
 from ..run import Run
 from ..stage import Stage
@@ -55,6 +55,11 @@ def write_report(run: Run, *, project: bool = True, say: Callable[[str], None] =
     page = Page(f"{run.root.name}: KV-cache distillation", _subtitle(run))
     if summary is not None:
         page.cards(_headlines(summary))
+        if changed := outdated(run, summary):
+            page.note(
+                f"The comparison on this page is not of the recipe as it is now, but of another {', '.join(changed)}; "
+                "kava compare makes it again (--force where an arm is trained already)."
+            )
     _pipeline(page, [output_of(stage) for stage in stages_of(run)])
     _curves(page, run, summary)
     _statistics(page, summary)

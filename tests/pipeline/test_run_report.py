@@ -15,9 +15,12 @@ from xml.etree import ElementTree
 import pytest
 from fixtures.command import kava, write_recipe
 
+from kava.pipeline import load_recipe
+from kava.pipeline.compare_stage import outdated
 from kava.pipeline.report.curves import colours_of, draw_curves, draw_errors, draw_sizes, size_text
 from kava.pipeline.report.page import Page, Picture, Table
 from kava.pipeline.report.run_report import time_text
+from kava.pipeline.run import Run
 
 COMPARE = {"arms": ["none", "kv", "shuffled"], "seeds": [0, 1], "eval_steps": 2}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -91,6 +94,36 @@ def test_the_page_has_what_is_known(recipe: Path, html: str) -> None:
     assert json.loads((run / "compare/kv-0/kava.json").read_text())["key"] in text
     assert "torch" in text
     assert "max_steps: 6" in text
+
+
+def test_a_comparison_of_another_recipe_says_so(recipe: Path, html: str) -> None:
+    summary, told = json.loads((recipe.parent / "run/compare/compare.json").read_text()), "not of the recipe as it is"
+    assert told not in html
+    kava("report", recipe, "--no-projection", "-s", "train.max_steps=7")
+    text = Reader((recipe.parent / "run/report.html").read_text()).text
+    assert f"{told} now, but of another train.max_steps;" in text
+    for override, changed in (
+        ("train.seed=5", []),  # Arms have seeds of their own.
+        ("train.eval_steps=1", []),
+        ("train.logging_steps=1", []),
+        ("compare.eval_steps=1", []),
+        ("corpus.heldout.ratio=0.5", ["corpus"]),
+        ("student.dtype=bfloat16", ["student"]),
+        ("train.teacher=big", []),
+        ("compare.seeds=[0]", ["compare.seeds"]),
+        ("compare.arms=[none, {kv: {alpha: 3}}, shuffled]", ["compare.arms"]),
+        ("compare.arms=[none, kv]", ["compare.arms"]),
+        ("compare.arms=[none, kv, shuffled, random]", ["compare.arms"]),
+    ):
+        assert outdated(Run(load_recipe(recipe, [override])), summary) == changed, override
+    run = Run(load_recipe(recipe))
+    summary["provenance"]["targets"] = "0" * 32
+    assert outdated(run, summary) == ["targets"]
+    shutil.move(run.target_path("big"), recipe.parent / "elsewhere")
+    try:
+        assert outdated(Run(load_recipe(recipe)), summary) == []
+    finally:
+        shutil.move(recipe.parent / "elsewhere", run.target_path("big"))
 
 
 def test_what_is_not_there_yet_says_what_makes_it(tmp_path: Path, tiny_models: dict[str, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from pydantic import ValidationError
 
 from kava.train import TrainSettings
 from kava.train.arms import ARMS, CompareSettings
+from kava.train.compare import Trained, summarise
+from kava.train.heldout import Heldout
 
 BASE = TrainSettings.model_validate({"alpha": 2.0, "loss": "cosine", "max_steps": 60, "seed": 9, "name": "mine"})
 
@@ -91,6 +94,24 @@ def test_sections_that_are_refused(section: dict[str, Any], message: str) -> Non
 def test_overrides_that_are_refused(arm: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         settings(arm)
+
+
+def test_an_arm_that_was_looked_at_more_often_is_not_earlier_by_that() -> None:
+    section = CompareSettings.model_validate({"arms": ["none", "kv"], "seeds": [0, 1]})
+    curves = {
+        ("none", 0): [(4, 5.0), (8, 3.0)],
+        ("none", 1): [(4, 5.0), (8, 3.0)],
+        ("kv", 0): [(2, 2.9), (4, 2.8), (6, 2.7), (8, 2.6)],
+        ("kv", 1): [],  # Its log was lost.
+    }
+    heldout = Heldout(["a", "b"], [3.0, 4.0], [2, 2], [9, 9], {})
+    trained = [Trained(arm, seed, Path(f"{arm}-{seed}"), heldout, curve, {}) for (arm, seed), curve in curves.items()]
+    found = summarise(trained, section.resolve(BASE), section)
+    assert found["curve_steps"] == [4, 8]
+    assert found["arms"]["kv"]["steps_to_baseline"] == {"0": 4, "1": None}
+    assert [point["step"] for point in found["arms"]["kv"]["curve"]] == [4, 8]
+    assert found["arms"]["kv"]["runs"][0]["curve"] == curves["kv", 0]
+    assert summarise(trained[2:3], section.resolve(BASE), section)["curve_steps"] == [2, 4, 6, 8]
 
 
 def test_an_arm_may_have_arguments_that_leave_it_equal() -> None:

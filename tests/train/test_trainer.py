@@ -22,10 +22,11 @@ from kava.hub import tokenizer_digest
 from kava.store import KVGeometry, KVStore
 from kava.tap import KVTap
 from kava.train import TrainSettings, load_student, train_student
-from kava.train.callbacks import STOP_SIGNALS
+from kava.train.callbacks import STOP_SIGNALS, StopOnSignal
 from kava.train.diagnostics import CollapseAlarm, spread_ratio
 from kava.train.feed import Feed
 from kava.train.losses import LOSSES, KVLoss
+from kava.train.ranks import Ranks
 
 LENGTHS = [9, 14, 6, 11, 8, 17, 5, 12, 10]
 TIMED = {"tokens_per_second", "data_wait_share", "peak_memory_gib"}
@@ -271,17 +272,21 @@ def test_what_training_here_does_otherwise_is_refused(train: Train, changes: dic
         train("x", **changes)
 
 
-@pytest.mark.parametrize("last", [2, 4])
-def test_a_signal_leaves_a_checkpoint_and_the_old_handlers(train: Train, tmp_path: Path, last: int) -> None:
+@pytest.mark.parametrize(
+    ("last", "number"), [(2, signal.SIGUSR1), (4, signal.SIGUSR1), (2, signal.SIGINT)], ids=["first", "last", "ctrl-c"]
+)
+def test_a_signal_leaves_a_checkpoint_and_the_old_handlers(
+    train: Train, tmp_path: Path, last: int, number: signal.Signals
+) -> None:
     """In the middle, and in the last step of all, behind which nothing is left but to save."""
     whole = train("whole", eval_steps=2)
 
     def ask(step: int, total: int) -> None:
         if step == last:
-            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), number)
 
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
-    with pytest.raises(RetryLaterError, match=rf"stopped by SIGUSR1 after step {last} with a checkpoint"):
+    with pytest.raises(RetryLaterError, match=rf"stopped by {number.name} after step {last} with a checkpoint"):
         train("cut", eval_steps=2, on_step=ask)
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
     assert (tmp_path / f"cut/checkpoints/checkpoint-{last}/kava.json").is_file()
@@ -354,3 +359,19 @@ def test_a_collapse_is_told(train: Train, capsys: pytest.CaptureFixture[str]) ->
     assert told
     assert told[0]["step"] == next(n for n, spread in enumerate(spreads, 1) if spread < threshold)
     assert f"kava: step {told[0]['step']}: {told[0]['warning']}" in capsys.readouterr().err
+
+
+def test_a_second_interruption_ends_at_once_and_an_ignored_one_never() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with StopOnSignal(Ranks()) as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.caught == "SIGINT"
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) is before
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with StopOnSignal(Ranks()) as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.caught is None
+    finally:
+        signal.signal(signal.SIGINT, before)
