@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from ..hub import ModelSource, load_model
-from ..store import KVGeometry
+from ..store import KVGeometry, at_work
 from ..tap import KVTap, decoder, probe_geometry
 from .rope import forget_longest_pass, frequency_class, rope_parameters
 from .signals import Signals
@@ -135,6 +135,7 @@ class HFTeacher:
             for index, tokens in zip(batch, found[:, longest:].tolist(), strict=True):
                 stop = next((at for at, token in enumerate(tokens) if token in stop_ids), len(tokens))
                 written[index] = tokens[:stop]
+            at_work()
         return written
 
     def __enter__(self) -> Self:

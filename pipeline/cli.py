@@ -130,6 +130,11 @@ def extract(
     """Capture the teachers' keys and values into stores."""
     loaded = load(recipe, overrides)
     if check_parity:
+        if force or retry_failed or only_failed or any(option is not None for option in (rank, world_size, parts)):
+            raise RecipeError(
+                "--check-parity stores nothing, so it goes without --force, --retry-failed, --only-failed, --rank and "
+                "--parts"
+            )
         from .commands.parity import measure_parity, print_parity
 
         found = [measure_parity(loaded, name, check_parity) for name in _teachers(loaded, teacher)]
@@ -142,7 +147,9 @@ def extract(
     if retry_failed and force:
         raise RecipeError("--retry-failed goes without --force, which captures everything again")
     if retry_failed:
-        _drop_failed(loaded, teacher, share)
+        from .repair import drop_failed
+
+        drop_failed(loaded, _teachers(loaded, teacher), share)
     _run(loaded, ["generate", "extract"], frozenset({"extract"} if force else ()), None, teacher, share, only_failed)
 
 
@@ -411,32 +418,6 @@ def _report(loaded: Any, teacher: str | None, scheduler: str | None) -> None:
             out.print(f"attention is not measured: {problem}", markup=False)
         print_table(report_table(found))
         out.print(f"{numbers}\n{picture}", markup=False)
-
-
-def _drop_failed(loaded: Any, teacher: str | None, share: Share) -> None:
-    from ..store import KVStore
-    from .capture_stages import ExtractStage
-    from .store_stages import ProjectStage, StoreStage
-
-    found: list[tuple[KVStore, int]] = []
-    for name in _teachers(loaded, teacher):
-        stages: list[StoreStage] = [ExtractStage(loaded, name, share)]
-        if loaded.recipe.extract.keep == "target" and loaded.target_path(name).exists():
-            # Of most parts there is no capture; kava project asks the teacher.
-            stages.append(ProjectStage(loaded, name, share))
-        for stage in stages:
-            if isinstance(stage, ExtractStage):
-                stage.link_shared()
-            store = KVStore.open(stage.output)
-            if store.manifest.differences(stage.manifest()):
-                raise StageError(
-                    f"{stage.label}: {stage.output} is not what this recipe describes; capture failed samples again "
-                    f"with the recipe that made it, or replace it (kava run --force {stage.name})"
-                )
-            there = set(stage.mine(store.manifest)) & set(store.committed_parts())
-            found += [(store, part) for part in there if store.part(part).failed]
-    for store, part in found:
-        store.drop_part(part)
 
 
 def _quiet_libraries() -> None:

@@ -7,7 +7,6 @@ given out twice is kept once. A task holds a few samples, in float32: its memory
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from ..errors import KavaError, RecipeError, RetryLaterError
+from ..store import num_cpus
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -56,7 +56,7 @@ def run_parts(
     torch.set_num_threads(1)
     try:
         with done:
-            dask.compute(*tasks, scheduler=scheduler or "threads", num_workers=os.cpu_count(), optimize_graph=False)
+            dask.compute(*tasks, scheduler=scheduler or "threads", num_workers=num_cpus(), optimize_graph=False)
     finally:
         torch.set_num_threads(threads)
 

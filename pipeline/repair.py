@@ -17,11 +17,12 @@ from ..progress import progress
 from ..store import KVStore, verify_store
 from ..store.files import write_atomic
 from ..store.table import header_bytes
+from .capture_stages import ExtractStage
 from .cluster import ALL, Share
 from .make import stage_lock
 from .run import Run
 from .stages import stages_of
-from .store_stages import StoreStage
+from .store_stages import ProjectStage, StoreStage
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,34 @@ def repair(
         stages = [stage for stage in stages if stage.teacher == teacher]
     found = [repair_stage(stage, failed=failed, share=share, scheduler=scheduler, say=say) for stage in stages]
     return [repaired for repaired in found if repaired is not None]
+
+
+def drop_failed(run: Run, teachers: list[str], share: Share = ALL) -> None:
+    """Removes this process's parts with samples that a teacher failed to give, for a capture that makes them again.
+
+    Raises:
+        StageError: if a store is not what the recipe describes; then nothing is removed.
+        StoreNotFoundError: if there is no capture.
+    """
+    found: list[tuple[KVStore, int]] = []
+    for name in teachers:
+        extract = ExtractStage(run, name, share)
+        extract.link_shared()
+        stages: list[StoreStage] = [extract]
+        if run.recipe.extract.keep == "target" and run.target_path(name).exists():
+            # Of most parts there is no capture; kava project asks the teacher.
+            stages.append(ProjectStage(run, name, share))
+        for stage in stages:
+            store = KVStore.open(stage.output)
+            if store.manifest.differences(stage.manifest()):
+                raise StageError(
+                    f"{stage.label}: {stage.output} is not what this recipe describes; capture failed samples again "
+                    f"with the recipe that made it, or replace it (kava run --force {stage.name})"
+                )
+            there = set(stage.mine(store.manifest)) & set(store.committed_parts())
+            found += [(store, part) for part in there if store.part(part).failed]
+    for store, part in found:
+        store.drop_part(part)
 
 
 def repair_stage(

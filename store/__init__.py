@@ -6,11 +6,12 @@ See `docs/store-format.md`.
 """
 
 from .codec import CODECS, Codec
+from .cpus import num_cpus
 from .dtypes import DTYPES, DType
 from .extras import LOGITS, ExtraArray
 from .fingerprint import cache_folder, digest_file, digest_json
 from .geometry import KVGeometry
-from .lock import Lock, claimed, locked
+from .lock import Lock, at_work, claimed, locked
 from .manifest import FORMAT_VERSION, Manifest, ModelIdentity, default_page_tokens, library_versions
 from .part_reader import PartReader
 from .part_writer import PartWriter
@@ -46,6 +47,7 @@ __all__ = [
     "Quantizer",
     "Segment",
     "Split",
+    "at_work",
     "cache_folder",
     "claimed",
     "collate",
@@ -54,5 +56,6 @@ __all__ = [
     "digest_json",
     "library_versions",
     "locked",
+    "num_cpus",
     "verify_store",
 ]

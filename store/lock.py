@@ -2,7 +2,8 @@
 
 A lock saves work, it does not guard anything: what is made under one gets a name of its own and is renamed when it is
 whole, so where a file system knows no locks two processes make the same bytes, and one of them in vain. The kernel
-lets go of a lock when its holder dies; one that hangs is waited for `PATIENCE` seconds.
+lets go of a lock when its holder dies; one that hangs is waited for `PATIENCE` seconds. Whoever reads or writes samples
+touches its locks (`at_work`), so that one that is only slow is waited for as long as it takes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from .files import disk_errors
 
 T = TypeVar("T")
 PATIENCE: Final = 600.0
-"""Seconds after which a lock is done without: its holder's machine may hang, or be gone with a file server's lock."""
+"""Seconds without a sign of work after which a lock is done without.
+
+Its holder's machine may hang, or be gone with a file server's lock.
+"""
+_HELD: Final[set[Path]] = set()
+_signs: float = 0.0
 _NO_LOCKS: Final = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
@@ -49,11 +55,13 @@ class Lock:
 
     def __init__(self, path: Path, descriptor: int | None) -> None:
         self._path, self._descriptor = path, descriptor
+        if descriptor is not None:
+            _HELD.add(path)
 
     @classmethod
     def take(cls, path: Path, *, wait: bool = False) -> Lock | None:
         """The lock of the file `path`; None if another holds it and `wait` is not set."""
-        began, pause = time.monotonic(), 0.01
+        began, pause, seen = time.monotonic(), 0.01, None
         while True:
             try:
                 with disk_errors(path):
@@ -61,6 +69,9 @@ class Lock:
             except _HeldError:
                 if not wait:
                     return None
+            # By the clock of this machine: how old the sign is, only the file server could say.
+            if (sign := _sign(path)) != seen:
+                began, seen = time.monotonic(), sign
             if time.monotonic() - began > PATIENCE:
                 return cls(path, None)
             time.sleep(pause)
@@ -70,9 +81,30 @@ class Lock:
         """Lets go of it."""
         if self._descriptor is None:
             return
+        _HELD.discard(self._path)
         with suppress(OSError):  # In this order: once it is let go of, it may be another's.
             self._path.unlink()
         os.close(self._descriptor)
+
+
+def at_work() -> None:
+    """Tells whoever waits for a lock of this process that it is at work; cheap enough for every sample."""
+    global _signs
+    if not _HELD or time.monotonic() - _signs < PATIENCE / 20:
+        return
+    _signs = time.monotonic()
+    for path in tuple(_HELD):
+        with suppress(OSError):  # It was let go of meanwhile.
+            os.utime(path)
+
+
+def _sign(path: Path) -> tuple[int, int] | None:
+    """What changes when the lock of `path` is touched, or is another process's."""
+    try:
+        there = path.stat()
+    except OSError:
+        return None
+    return there.st_ino, there.st_mtime_ns
 
 
 class _HeldError(KavaError):

@@ -13,6 +13,7 @@ from ..errors import DamagedStoreError, SampleFailedError, StoreError
 from .dtypes import dtype_of
 from .files import file_crc32c, reading
 from .fingerprint import file_stamp
+from .lock import at_work
 from .manifest import Manifest
 from .part import KV, ROW_ARRAYS, paged_arrays, part_name
 from .quantize import LOSSY
@@ -221,6 +222,7 @@ class PartReader:
         return length
 
     def _fill(self, name: str, position: int, out: np.ndarray[Any, Any], layers: Sequence[int] | None) -> None:
+        at_work()
         start, length = self._place(position)
         page = self.manifest.page_tokens
         if self._quantizer is None or name not in KV:

@@ -24,7 +24,7 @@ from .dtypes import DType, dtype_of
 from .extras import checked_extras
 from .files import disk_errors, file_table, fsync, fsync_tree, remove, write_protect
 from .fingerprint import digest_json
-from .lock import Lock
+from .lock import Lock, at_work
 from .manifest import Manifest
 from .part import KV, ROW_ARRAYS, paged_arrays, part_name
 from .quantize import LOSSY
@@ -97,6 +97,7 @@ class PartWriter:
         Raises:
             StoreError: if shapes or extra arrays differ from the manifest, or the position is foreign or taken.
         """
+        at_work()
         self._claim(position, sample.sample_id, sample.split)
         tokens = len(sample)
         if not tokens:

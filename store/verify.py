@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import DamagedStoreError, StoreError
+from .cpus import num_cpus
 from .files import file_crc32c, reading
 from .part_reader import PartReader
 from .table import header_bytes
@@ -60,7 +60,7 @@ def verify_store(
     found = {-1: _verify_headers(store)}
     committed = store.committed_parts()
     chosen = committed if parts is None else sorted(set(committed) & set(parts))
-    with ThreadPoolExecutor(os.cpu_count(), "kava-verify") as pool:
+    with ThreadPoolExecutor(num_cpus(), "kava-verify") as pool:
         tasks = {pool.submit(verify_part, store, number): number for number in chosen}
         try:
             for task in as_completed(tasks):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ..errors import SampleFailedError
+from .cpus import num_cpus
 from .part_writer import PartWriter
 from .sample import KVSample, Split
 
@@ -23,7 +23,7 @@ Derive = Callable[[KVSample], tuple[KVSample, np.ndarray[Any, Any]]]
 """Makes what is written, and its coverage, of what was appended."""
 QUEUE_BYTES: Final = 512 << 20
 """Raw bytes that may wait to be written before `append` blocks."""
-ENCODERS: Final = min(8, os.cpu_count() or 1)
+ENCODERS: Final = min(8, num_cpus())
 """Threads that encode."""
 
 

@@ -32,6 +32,9 @@ from kava.store import KVStore
         ({"run_dir": "/proc/kava"}, ("run", "RECIPE", "--until", "extract"), "cannot write here"),
         ({}, ("extract", "RECIPE", "--teacher", "small"), "there is no teacher 'small' in the recipe, only big"),
         ({"student": {"tokenizer": "./none"}}, ("run", "RECIPE", "--only", "student"), "no such file or folder"),
+        ({}, ("extract", "RECIPE", "--check-parity", "2", "--parts", "0"), "--check-parity stores nothing"),
+        ({}, ("extract", "RECIPE", "--check-parity", "2", "--force"), "--check-parity stores nothing"),
+        ({}, ("evaluate", "RECIPE", "--recipe", "other.yaml"), "--recipe other.yaml goes with a folder of weights"),
         ({"project": {"layers": [0, 1]}}, ("run", "RECIPE", "--dry-run"), "lists 2 layers, the student has 3"),
     ],
 )

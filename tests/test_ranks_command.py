@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fixtures.command import KAVA, kava, write_recipe
-from fixtures.stores import flip, tree
+from fixtures.stores import flip, manifest, tree, write_store
 from fixtures.together import together
 
-from kava.store import KVStore
+from kava.store import KVStore, Lock, locked
 
 # Everything that is split: text that a teacher writes, both ways of resampling, slots, two teachers' targets as one.
 CHANGES: dict[str, Any] = {
@@ -209,8 +211,6 @@ def test_asked_to_stop_it_can_be_put_back_into_the_queue(
 
 
 def test_a_lock_is_one_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kava.store import Lock, locked
-
     path = tmp_path / "new/x.lock"
     first = Lock.take(path)
     assert first is not None
@@ -225,3 +225,35 @@ def test_a_lock_is_one_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with locked(path), locked(path, lambda: told.append("waits")):
         assert told == ["waits"]
     assert json.dumps(sorted(p.name for p in path.parent.iterdir())) == "[]"
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_whoever_is_at_work_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: bool) -> None:
+    monkeypatch.setattr("kava.store.lock.PATIENCE", 0.3)
+    store, samples = write_store(tmp_path / "store", [3, 4])
+    path = tmp_path / "x.lock"
+    held = Lock.take(path)
+    assert held is not None
+    done = threading.Event()
+
+    def work() -> None:
+        end, position = time.monotonic() + 1.5, 0
+        with KVStore.create(tmp_path / "out", manifest(10_000, 10_000)).write_part(0) as writer:
+            while time.monotonic() < end:
+                time.sleep(0.02)
+                if reads:
+                    store.sample(1)
+                else:
+                    writer.append(position, replace(samples[0], sample_id=str(position)))
+                position += 1
+        done.set()
+        held.release()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    mine = Lock.take(path, wait=True)
+    assert done.is_set()
+    assert mine is not None
+    assert Lock.take(path) is None  # It is held indeed, not done without.
+    mine.release()
+    thread.join()

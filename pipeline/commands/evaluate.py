@@ -49,10 +49,14 @@ class Student:
             overrides: of the recipe's keys.
 
         Raises:
-            RecipeError: if it is a folder without a recipe, and none is given.
+            RecipeError: if it is a folder without a recipe, and none is given; or a recipe, and another is given too.
             StageError: if the recipe's student is not trained, or is stale.
         """
         if not path.is_dir():
+            if recipe is not None:
+                raise RecipeError(
+                    f"--recipe {recipe} goes with a folder of weights, which {path} is not; give one of the two"
+                )
             run = Run(load_recipe(path, overrides))
             stage = TrainStage(run)
             if (status := stage.status()).state != "complete":

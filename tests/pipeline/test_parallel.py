@@ -48,6 +48,29 @@ def test_threads_processes_and_clusters_write_the_same_bits(made: tuple[Path, di
         assert _again(recipe, cluster.scheduler_address) == expected
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no processors are set aside here")
+def test_threads_are_as_many_as_the_processors_that_were_given() -> None:
+    allowed = os.sched_getaffinity(0)
+    at_once, most, lock = 0, 0, threading.Lock()
+
+    def work(part: int) -> int:
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        time.sleep(0.05)
+        with lock:
+            at_once -= 1
+        return part
+
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        run_parts(work, range(6), scheduler=None, on_part=lambda part: None)
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert most == 1
+
+
 def test_a_worker_that_dies_costs_only_its_part(made: tuple[Path, dict[str, bytes]]) -> None:
     from distributed import LocalCluster
 
