@@ -8,9 +8,11 @@ from random import Random
 from typing import Any
 
 import pytest
+import yaml
 from fixtures.command import kava, write_recipe
 from fixtures.stores import mounted
 from fixtures.tokenizers import TEXTS
+from torch import cuda
 
 from kava.extract import Corpus, Encoder, Record
 from kava.hub import find_model, load_tokenizer
@@ -139,6 +141,32 @@ def test_tokens_of_a_sample_lie_in_their_interval(tiny_models: dict[str, Path]) 
     assert all(0 < count.error < 0.2 for count in found)
     some = range(0, 120, 2)
     assert exact.rows(1, some) == sum(exact.lengths[i] for i in some)
+
+
+def test_parts_are_sized_by_all_teachers(
+    tmp_path: Path, tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the plan is of one alone."""
+    monkeypatch.setattr("kava.pipeline.parts.PART_BYTES", 140_000)
+    recipe = _recipe(tmp_path, tiny_models, select=None, fuse=None, samples_per_part=None)
+    whole = yaml.safe_load(recipe.read_text())
+    whole["teachers"]["other"] = {"model": str(tiny_models["student"]), "dtype": "float32"}
+    recipe.write_text(yaml.safe_dump(whole))
+    small, size = _plan(recipe, "--teacher", "other"), Run(load_recipe(recipe)).samples_per_part
+    assert {store["samples_per_part"] for store in small["stores"] if store["stage"] != "reference"} == {size}
+    del whole["teachers"]["big"]
+    recipe.write_text(yaml.safe_dump(whole))
+    assert Run(load_recipe(recipe)).samples_per_part > size
+
+
+def test_a_device_that_is_none(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    recipe, options = _recipe(tmp_path, tiny_models, select=None, fuse=None), ["--teacher", "big", "--sample", "4"]
+    for device in ("cuda:x", "gpu"):
+        plan = _plan(recipe, *options, "-s", f"teachers.big.device={device}")
+        assert plan["memory"] == []
+        assert f"teachers.big.device: '{device}' is no device" in plan["problems"][-1]
+    plan = _plan(recipe, *options, "-s", "teachers.big.device=cuda:99")
+    assert "this machine's last one is" in plan["problems"][-1] if cuda.is_available() else plan["memory"][0]["fits"]
 
 
 def test_memory_counts_weights_once(tmp_path: Path, tiny_models: dict[str, Path]) -> None:

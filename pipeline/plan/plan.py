@@ -116,10 +116,15 @@ def make_plan(run: Run, *, sample: int | None = None, probe: bool = False, teach
                 plan.problems.append(f"{what}: {error}")
             return instead
 
+    everyone = []
     for name, settings in recipe.teachers.items():
-        if teachers is None or name in teachers:
-            found = reach(name, lambda name=name: run.teacher_geometry(name), settings.geometry)  # type: ignore[misc]
-            if found is not None:
+        wanted = teachers is None or name in teachers
+        if not wanted and recipe.samples_per_part is not None:
+            continue
+        found = reach(name, lambda name=name: run.teacher_geometry(name), settings.geometry)  # type: ignore[misc]
+        if found is not None:
+            everyone.append(found)  # Parts are alike in all stores: the largest teacher sizes them.
+            if wanted:
                 plan.geometries[name] = found
     plan.student = reach("student", run.planned_student_geometry, recipe.student.geometry)
     plan.corpus = reach("corpus", lambda: _corpus(run, plan.problems))
@@ -137,7 +142,9 @@ def make_plan(run: Run, *, sample: int | None = None, probe: bool = False, teach
 
     def stores(changed: Run) -> list[PlannedStore]:
         assert plan.corpus is not None
-        return planned_stores(changed, plan.corpus, counts, plan.geometries, plan.student, measured=measured)
+        return planned_stores(
+            changed, plan.corpus, counts, plan.geometries, plan.student, everyone=everyone, measured=measured
+        )
 
     plan.stores = stores(run)
     plan.disks = _disks(plan)
