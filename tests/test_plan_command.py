@@ -72,8 +72,12 @@ def test_planned_bytes_are_those_on_disk(tmp_path: Path, tiny_models: dict[str, 
     assert {store["estimated"] for store in plan["stores"]} == {None}
     kava("run", recipe, *options, "--until", "fuse")
     _check_sizes(plan, recipe, overrides)
-    assert plan["disks"][0]["needed"] == plan["bytes"]
-    assert _plan(recipe, *options)["disks"][0]["needed"] < plan["bytes"] / 20  # It is there now.
+    student, trained = plan["weights"]
+    assert plan["disks"][0]["needed"] == plan["bytes"] + student["bytes"] + trained["bytes"]
+    made = (tmp_path / "run/student/model.safetensors").stat().st_size
+    assert student["bytes"] == trained["bytes"] == pytest.approx(made, abs=8192)  # Names of tensors are not counted.
+    # What is there now is not needed any more; the trained student is.
+    assert 0 <= _plan(recipe, *options)["disks"][0]["needed"] - trained["bytes"] < plan["bytes"] / 20
 
 
 @pytest.mark.slow
@@ -99,8 +103,9 @@ def test_a_run_that_cannot_fit_is_refused(tmp_path: Path, tiny_models: dict[str,
         assert f"does not fit: {disk} has 262.1 kB free" in printed
         found = kava("plan", recipe, "-s", f"run_dir={disk}/run", "--json", code=2)
         plan = json.loads(found[: found.rindex("}") + 1])
-        assert plan["disks"] == [{"path": str(disk), "needed": plan["bytes"], "free": 262144, "fits": False}]
-        assert f"{(plan['bytes'] - 262144) / 1e6:.1f} MB too little" in plan["refusals"][0]
+        needed = plan["bytes"] + sum(weights["bytes"] for weights in plan["weights"])
+        assert plan["disks"] == [{"path": str(disk), "needed": needed, "free": 262144, "fits": False}]
+        assert f"{(needed - 262144) / 1e6:.1f} MB too little" in plan["refusals"][0]
         assert not list(disk.iterdir())
         assert "does not fit" not in kava("run", recipe, "--dry-run", "-s", f"run_dir={disk}/run")
 
@@ -157,6 +162,23 @@ def test_parts_are_sized_by_all_teachers(
     del whole["teachers"]["big"]
     recipe.write_text(yaml.safe_dump(whole))
     assert Run(load_recipe(recipe)).samples_per_part > size
+
+
+def test_weights_of_arms_and_checkpoints_need_room(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    recipe = _recipe(
+        tmp_path, tiny_models, select=None, fuse=None, compare={"arms": ["none", "kv"], "seeds": [0, 1, 2]}
+    )
+    whole = yaml.safe_load(recipe.read_text())
+    config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    whole |= {"student": {"config": config, "tokenizer": {"vocab_size": 300}}}
+    whole["train"]["save_steps"] = 3
+    recipe.write_text(yaml.safe_dump(whole))
+    plan = _plan(recipe, "--teacher", "big", "--sample", "4", "-s", "extract.codec=none")
+    # Embedding and head; each layer's projections, MLP and two norms; the last norm.
+    one = 4 * (2 * 300 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32)
+    assert [weights["bytes"] for weights in plan["weights"]] == [one, one, 6 * one, 2 * 3 * one]
+    assert plan["disks"][0]["needed"] == plan["bytes"] + 14 * one
 
 
 def test_a_device_that_is_none(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
