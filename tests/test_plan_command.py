@@ -8,9 +8,11 @@ from random import Random
 from typing import Any
 
 import pytest
+import yaml
 from fixtures.command import kava, write_recipe
 from fixtures.stores import mounted
 from fixtures.tokenizers import TEXTS
+from torch import cuda
 
 from kava.extract import Corpus, Encoder, Record
 from kava.hub import find_model, load_tokenizer
@@ -70,8 +72,12 @@ def test_planned_bytes_are_those_on_disk(tmp_path: Path, tiny_models: dict[str, 
     assert {store["estimated"] for store in plan["stores"]} == {None}
     kava("run", recipe, *options, "--until", "fuse")
     _check_sizes(plan, recipe, overrides)
-    assert plan["disks"][0]["needed"] == plan["bytes"]
-    assert _plan(recipe, *options)["disks"][0]["needed"] < plan["bytes"] / 20  # It is there now.
+    student, trained = plan["weights"]
+    assert plan["disks"][0]["needed"] == plan["bytes"] + student["bytes"] + trained["bytes"]
+    made = (tmp_path / "run/student/model.safetensors").stat().st_size
+    assert student["bytes"] == trained["bytes"] == pytest.approx(made, abs=8192)  # Names of tensors are not counted.
+    # What is there now is not needed any more; the trained student is.
+    assert 0 <= _plan(recipe, *options)["disks"][0]["needed"] - trained["bytes"] < plan["bytes"] / 20
 
 
 @pytest.mark.slow
@@ -97,8 +103,9 @@ def test_a_run_that_cannot_fit_is_refused(tmp_path: Path, tiny_models: dict[str,
         assert f"does not fit: {disk} has 262.1 kB free" in printed
         found = kava("plan", recipe, "-s", f"run_dir={disk}/run", "--json", code=2)
         plan = json.loads(found[: found.rindex("}") + 1])
-        assert plan["disks"] == [{"path": str(disk), "needed": plan["bytes"], "free": 262144, "fits": False}]
-        assert f"{(plan['bytes'] - 262144) / 1e6:.1f} MB too little" in plan["refusals"][0]
+        needed = plan["bytes"] + sum(weights["bytes"] for weights in plan["weights"])
+        assert plan["disks"] == [{"path": str(disk), "needed": needed, "free": 262144, "fits": False}]
+        assert f"{(needed - 262144) / 1e6:.1f} MB too little" in plan["refusals"][0]
         assert not list(disk.iterdir())
         assert "does not fit" not in kava("run", recipe, "--dry-run", "-s", f"run_dir={disk}/run")
 
@@ -139,6 +146,49 @@ def test_tokens_of_a_sample_lie_in_their_interval(tiny_models: dict[str, Path]) 
     assert all(0 < count.error < 0.2 for count in found)
     some = range(0, 120, 2)
     assert exact.rows(1, some) == sum(exact.lengths[i] for i in some)
+
+
+def test_parts_are_sized_by_all_teachers(
+    tmp_path: Path, tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the plan is of one alone."""
+    monkeypatch.setattr("kava.pipeline.parts.PART_BYTES", 140_000)
+    recipe = _recipe(tmp_path, tiny_models, select=None, fuse=None, samples_per_part=None)
+    whole = yaml.safe_load(recipe.read_text())
+    whole["teachers"]["other"] = {"model": str(tiny_models["student"]), "dtype": "float32"}
+    recipe.write_text(yaml.safe_dump(whole))
+    small, size = _plan(recipe, "--teacher", "other"), Run(load_recipe(recipe)).samples_per_part
+    assert {store["samples_per_part"] for store in small["stores"] if store["stage"] != "reference"} == {size}
+    del whole["teachers"]["big"]
+    recipe.write_text(yaml.safe_dump(whole))
+    assert Run(load_recipe(recipe)).samples_per_part > size
+
+
+def test_weights_of_arms_and_checkpoints_need_room(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    recipe = _recipe(
+        tmp_path, tiny_models, select=None, fuse=None, compare={"arms": ["none", "kv"], "seeds": [0, 1, 2]}
+    )
+    whole = yaml.safe_load(recipe.read_text())
+    config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    whole |= {"student": {"config": config, "tokenizer": {"vocab_size": 300}}}
+    whole["train"]["save_steps"] = 3
+    recipe.write_text(yaml.safe_dump(whole))
+    plan = _plan(recipe, "--teacher", "big", "--sample", "4", "-s", "extract.codec=none")
+    # Embedding and head; each layer's projections, MLP and two norms; the last norm.
+    one = 4 * (2 * 300 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32)
+    assert [weights["bytes"] for weights in plan["weights"]] == [one, one, 6 * one, 2 * 3 * one]
+    assert plan["disks"][0]["needed"] == plan["bytes"] + 14 * one
+
+
+def test_a_device_that_is_none(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    recipe, options = _recipe(tmp_path, tiny_models, select=None, fuse=None), ["--teacher", "big", "--sample", "4"]
+    for device in ("cuda:x", "gpu"):
+        plan = _plan(recipe, *options, "-s", f"teachers.big.device={device}")
+        assert plan["memory"] == []
+        assert f"teachers.big.device: '{device}' is no device" in plan["problems"][-1]
+    plan = _plan(recipe, *options, "-s", "teachers.big.device=cuda:99")
+    assert "this machine's last one is" in plan["problems"][-1] if cuda.is_available() else plan["memory"][0]["fits"]
 
 
 def test_memory_counts_weights_once(tmp_path: Path, tiny_models: dict[str, Path]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, Final
 
+from ...errors import RecipeError
 from ...extract.rope import rope_parameters
 from ...hub import load_config, meta_model
 from ...store.dtypes import dtype_of
@@ -49,6 +50,7 @@ def teacher_memory(run: Run, name: str, longest: int) -> Memory:
 
     Raises:
         ModelNotFoundError: if its config cannot be reached.
+        RecipeError: if its device is none, or none of this machine's.
     """
     settings, extract = run.teacher(name), run.recipe.extract
     config = load_config(run.teacher_source(name))
@@ -69,7 +71,7 @@ def teacher_memory(run: Run, name: str, longest: int) -> Memory:
         activations += 2 * tokens * config.vocab_size * 4
     weights = parameters * itemsize // ways
     kv = 2 * tokens * run.teacher_geometry(name).bytes_per_token(itemsize) // ways
-    device, available = _device(settings.device)
+    device, available = _device(settings.device, f"teachers.{name}.device")
     context = _CONTEXT if device != "cpu" else 0
     needed = round((weights + kv + activations) * _SPARE) + context
     return Memory(name, weights, kv, activations, needed, device, available)
@@ -84,15 +86,19 @@ def context_length(run: Run, name: str) -> int:
     return int(config.max_position_embeddings * min(factors, default=1))
 
 
-def _device(asked: str) -> tuple[str, int | None]:
-    """The device that would be used, and its free memory."""
+def _device(asked: str, key: str) -> tuple[str, int | None]:
+    """The device that would be used, and its free memory; `key` is the recipe's that asks for it."""
     import torch
 
-    if asked != "cpu" and torch.cuda.is_available():
-        index = int(asked.partition(":")[2] or 0)
+    try:
+        found = torch.device("cuda" if asked == "auto" else asked)
+    except RuntimeError:
+        raise RecipeError(f"{key}: {asked!r} is no device; write auto, cpu, cuda or cuda:1") from None
+    if found.type == "cuda" and torch.cuda.is_available():
+        index, count = found.index or 0, torch.cuda.device_count()
+        if index >= count:
+            raise RecipeError(f"{key}: {asked} is not here, this machine's last one is cuda:{count - 1}")
         return f"cuda:{index}", int(torch.cuda.mem_get_info(index)[0])
-    if asked.startswith("cuda"):
-        return asked, None
     if asked not in ("auto", "cpu"):
         return asked, None
     # Without a device here the plan may be made for another machine: only what is asked of the CPU is compared.

@@ -12,11 +12,13 @@ from ...errors import CorpusError, HubUnreachableError, KavaError, StageError
 from ...extract import Corpus
 from ...store import CODECS, LOSSY, KVGeometry, KVStore
 from ...store.files import size_of
+from ..places import read_record
 from ..recipe import Recipe, SelectSettings
 from ..run import Run
 from .memory import Memory, context_length, teacher_memory
 from .probe import Probe, run_probe
 from .stores import Counts, PlannedStore, planned_stores
+from .students import PlannedWeights, planned_students
 
 T = TypeVar("T")
 _SLOTS: Final = 24
@@ -58,6 +60,8 @@ class Plan:
     student: KVGeometry | None = None
     counts: Counts | None = None
     stores: list[PlannedStore] = field(default_factory=list)
+    students: list[PlannedWeights] = field(default_factory=list)
+    """Weights that are written beside the stores."""
     disks: list[Disk] = field(default_factory=list)
     memory: list[Memory] = field(default_factory=list)
     savings: list[Saving] = field(default_factory=list)
@@ -116,10 +120,15 @@ def make_plan(run: Run, *, sample: int | None = None, probe: bool = False, teach
                 plan.problems.append(f"{what}: {error}")
             return instead
 
+    everyone = []
     for name, settings in recipe.teachers.items():
-        if teachers is None or name in teachers:
-            found = reach(name, lambda name=name: run.teacher_geometry(name), settings.geometry)  # type: ignore[misc]
-            if found is not None:
+        wanted = teachers is None or name in teachers
+        if not wanted and recipe.samples_per_part is not None:
+            continue
+        found = reach(name, lambda name=name: run.teacher_geometry(name), settings.geometry)  # type: ignore[misc]
+        if found is not None:
+            everyone.append(found)  # Parts are alike in all stores: the largest teacher sizes them.
+            if wanted:
                 plan.geometries[name] = found
     plan.student = reach("student", run.planned_student_geometry, recipe.student.geometry)
     plan.corpus = reach("corpus", lambda: _corpus(run, plan.problems))
@@ -137,9 +146,13 @@ def make_plan(run: Run, *, sample: int | None = None, probe: bool = False, teach
 
     def stores(changed: Run) -> list[PlannedStore]:
         assert plan.corpus is not None
-        return planned_stores(changed, plan.corpus, counts, plan.geometries, plan.student, measured=measured)
+        return planned_stores(
+            changed, plan.corpus, counts, plan.geometries, plan.student, everyone=everyone, measured=measured
+        )
 
     plan.stores = stores(run)
+    if plan.student is not None and recipe.student.model not in plan.unreached:
+        plan.students = reach("weights of the student", lambda: planned_students(run)) or []
     plan.disks = _disks(plan)
     for name in plan.geometries:
         longest = counts.teacher(name).longest
@@ -182,17 +195,24 @@ def _tell_of_long_samples(plan: Plan, name: str) -> None:
 def _disks(plan: Plan) -> list[Disk]:
     """Each file system that is written to, with what is not there yet."""
     needed: dict[int, tuple[Path, int]] = {}
-    for store in plan.stores:
-        path = store.path
-        if plan.run.recipe.store_dir is not None and store.label.startswith("extract ") and not path.exists():
-            path = _shared(plan.run, store.label.removeprefix("extract "))
-        there = size_of(path) if _is_there(path) else 0
+
+    def add(path: Path, size: int, there: int) -> None:
         place = path
         while not place.exists():
             place = place.parent
         device = place.stat().st_dev
         first, total = needed.get(device, (place, 0))
-        needed[device] = first, total + max(0, store.size.bytes - there)
+        needed[device] = first, total + max(0, size - there)
+
+    for store in plan.stores:
+        path = store.path
+        if plan.run.recipe.store_dir is not None and store.label.startswith("extract ") and not path.exists():
+            path = _shared(plan.run, store.label.removeprefix("extract "))
+        add(path, store.size.bytes, size_of(path) if _is_there(path) else 0)
+    trained = plan.run.recipe.compare is None and "metrics" in read_record(plan.run.trained_dir())
+    for weights in plan.students:
+        if not (trained and weights.label == "checkpoints"):
+            add(weights.path, weights.bytes, size_of(weights.path) - size_of(weights.path / "checkpoints"))
     return [Disk(str(place), total, shutil.disk_usage(place).free) for place, total in needed.values()]
 
 

@@ -196,7 +196,12 @@ def _probe_training(run: Run, names: list[str], found: Probe) -> None:
     from ...train.training import train_student
 
     times: list[float] = []
-    targets = KVStore.open(run.target_path(names[0]))
+    taught_by = run.recipe.train.teacher
+    teacher = taught_by if taught_by in names else names[0]
+    if run.recipe.train.logits is not None and taught_by not in (None, teacher):
+        found.problems.append(f"steps of training are not timed: they learn logits of {taught_by}, which is not probed")
+        return
+    targets = KVStore.open(run.target_path(teacher))
     train_student(
         run.student_dir,
         targets,

@@ -46,6 +46,7 @@ def describe(plan: Plan) -> dict[str, Any]:
             for store in plan.stores
         ],
         "bytes": plan.bytes,
+        "weights": [{"of": w.label, "path": str(w.path), "bytes": w.bytes} for w in plan.students],
         "disks": [{"path": d.path, "needed": d.needed, "free": d.free, "fits": d.fits} for d in plan.disks],
         "memory": [memory.describe() for memory in plan.memory],
         "seconds": {stage: round(seconds, 1) for stage, seconds in plan.times.items()} or None,
@@ -75,6 +76,10 @@ def size_tables(plan: Plan) -> list[Table]:
             cells = (str(s["parts"]), str(s["files"]), per_token, human(s["bytes"]), note)
             table.add_row(escape(s["stage"]), kind, *cells)
         table.add_row("all", "", "", str(sum(s["files"] for s in found["stores"])), "", human(plan.bytes), "")
+    if found["weights"]:
+        tables.append(table := _table("weights", "size"))
+        for w in found["weights"]:
+            table.add_row(escape(w["of"]), human(w["bytes"]))
     if found["disks"] or found["memory"]:
         tables.append(table := _table("room", "needed", "free", ""))
         for d in found["disks"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,7 @@ def planned_stores(
     teachers: dict[str, KVGeometry],
     student: KVGeometry | None,
     *,
+    everyone: Collection[KVGeometry] = (),
     measured: dict[tuple[str, str, str], float] | None = None,
 ) -> list[PlannedStore]:
     """Every store that the recipe asks for, as it will be.
@@ -101,13 +102,14 @@ def planned_stores(
         counts: of its tokens.
         teachers: geometries of those teachers whose stores are wanted.
         student: the student's geometry; None if it cannot be reached: then there are captures alone.
+        everyone: geometries of all teachers of the recipe, which size the parts; those of `teachers` if not given.
         measured: bytes per token on disk by label, dtype and codec, from a probe.
     """
     recipe, found = run.recipe, []
     dtype = dtype_of(recipe.extract.dtype)
     size = recipe.samples_per_part or min(
         parts_of([len(r.text.encode()) / BYTES_PER_TOKEN * g.bytes_per_token(dtype.itemsize) for r in corpus.records])
-        for g in teachers.values()
+        for g in everyone or teachers.values()
     )
     project = recipe.project
     parts, calibration = draw_calibration(

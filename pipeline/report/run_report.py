@@ -63,6 +63,7 @@ def write_report(run: Run, *, project: bool = True, say: Callable[[str], None] =
     _pipeline(page, [output_of(stage) for stage in stages_of(run)])
     _curves(page, run, summary)
     _statistics(page, summary)
+    _evaluations(page, run)
     _errors(page, run, summary)
     _projection(page, run, project, say)
     _provenance(page, run)
@@ -191,6 +192,39 @@ def _statistics(page: Page, summary: dict[str, Any] | None) -> None:
         page.note("Not finished yet: " + ", ".join(f"{arm} seed {seed}" for arm, seed in summary["missing"]) + ".")
 
 
+def _evaluations(page: Page, run: Run) -> None:
+    """What `kava evaluate` has measured of the run's students."""
+    from ..commands.evaluate import RESULT
+
+    page.section("Evaluated students")
+    rows = []
+    for path in [*sorted((run.root / "students").glob(f"*/{RESULT}")), *sorted(run.compare_dir.glob(f"*/{RESULT}"))]:
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+        tasks = [
+            f"{task} {name} {value:.4f}"
+            for task, metrics in found.get("tasks", {}).items()
+            for name, value in metrics.items()
+            if isinstance(value, float)
+        ]
+        label = f"{path.parent.parent.name}/{path.parent.name}, {found['dtype']}"
+        rows.append([label, f"{found['ce']:.4f}", f"{found['ce_per_byte']:.4f}", _match(found), "; ".join(tasks)])
+    if not rows:
+        page.note("Nothing is evaluated yet: kava evaluate lets a student answer the held-out questions.")
+        return
+    page.table(Table(["student", "CE", "per byte", "exact match", "tasks of lm-eval"], rows))
+    page.note("CE in nats per token on held-out samples; exact match is of the numbers that answers end with.")
+
+
+def _match(found: dict[str, Any]) -> str:
+    if not (match := found.get("exact_match")):
+        return "-"
+    low, high = match["interval"]
+    return f"{match['right']} of {match['questions']} ({match['share']:.3f}, 95 % {low:.3f} .. {high:.3f})"
+
+
 def _errors(page: Page, run: Run, summary: dict[str, Any] | None) -> None:
     from .curves import draw_errors
 
@@ -231,7 +265,8 @@ def _projection(page: Page, run: Run, project: bool, say: Callable[[str], None])
     page.section("Layers and projection")
     for name in run.recipe.teachers:
         picture = run.projector_path(name).with_suffix(".png")
-        if not _is_reported(run, name) and project:
+        # Where the map needs no reference, nothing but that command captures one to measure by.
+        if project and not _is_reported(run, name) and (run.needs_reference or _has_reference(run)):
             from .projection import make_report
 
             try:
@@ -244,6 +279,10 @@ def _projection(page: Page, run: Run, project: bool, say: Callable[[str], None])
             page.picture(Picture(picture.read_bytes(), f"Layer map and diagnostics of {name}'s projection", "png"))
         else:
             page.note(f"{name}: kava project --report measures the projection.")
+
+
+def _has_reference(run: Run) -> bool:
+    return (run.reference_path / "zarr.json").is_file()
 
 
 def _is_reported(run: Run, name: str) -> bool:

@@ -126,14 +126,32 @@ def test_a_comparison_of_another_recipe_says_so(recipe: Path, html: str) -> None
         shutil.move(recipe.parent / "elsewhere", run.target_path("big"))
 
 
+def test_what_was_evaluated(recipe: Path) -> None:
+    kava("evaluate", recipe, "--max-new-tokens", 2, "--limit", 3)
+    kava("evaluate", recipe.parent / "run/compare/kv-0", "--no-generate")
+    kava("report", recipe, "--no-projection")
+    text = Reader((recipe.parent / "run/report.html").read_text()).text
+    for folder in ("students/kv", "compare/kv-0"):
+        found = json.loads((recipe.parent / "run" / folder / "evaluate.json").read_text())
+        assert f"{folder}, float32" in text
+        assert f"{found['ce_per_byte']:.4f}" in text
+    assert "0 of 3 (0.000, 95 % 0.000 .. " in text
+
+
 def test_what_is_not_there_yet_says_what_makes_it(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
     path = write_recipe(tmp_path, tiny_models)
     assert "nothing of this run is made yet" in kava("report", path, code=2)
     kava("run", path, "--until", "extract")
     kava("report", path, "--no-projection")
     text = Reader((tmp_path / "run/report.html").read_text()).text
-    for command in ("kava compare", "kava train", "kava project --report"):
+    for command in ("kava compare", "kava train", "kava evaluate", "kava project --report"):
         assert command in text
+    # A map that needs no reference of the student: none is there to measure by.
+    kava("run", path, "--until", "project", "-s", "project.heads=random")
+    kava("report", path, "-s", "project.heads=random")
+    text = Reader((tmp_path / "run/report.html").read_text()).text
+    assert "kava project --report measures the projection" in text
+    assert "there is no store" not in text
 
 
 def test_whatever_it_is_given_is_text() -> None:
