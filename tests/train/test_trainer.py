@@ -254,6 +254,12 @@ def test_other_ranks_and_batches_than_the_checkpoint_s_are_refused(train: Train,
         train("cut", save_steps=2, batch_size=4)
     with pytest.raises(StageError, match="of another order of samples"):
         train("cut", save_steps=2, group_by_length=True)
+    with pytest.raises(StageError, match="alpha: a number, this one has auto: go on as it was begun"):
+        train("cut", save_steps=2, alpha="auto")
+    with pytest.raises(RuntimeError, match="power"):
+        train("auto", on_step=fall, save_steps=2, alpha="auto")
+    with pytest.raises(StageError, match="alpha: auto, this one has a number"):
+        train("auto", save_steps=2)
     state = json.loads((tmp_path / "cut/checkpoints/checkpoint-2/kava.json").read_text())["feed"]
     assert (state["epoch"], state["row"], state["ranks"]) == (0, 4, 1)
 
