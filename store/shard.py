@@ -1,7 +1,7 @@
 """Zarr's sharding codec for arrays that are chunked along their first axis only.
 
 A shard is the chunks' bytes one after the other, then an index of `(offset, nbytes)` pairs and its CRC-32C. Writing it
-chunk by chunk needs the memory of one chunk; reading a run of chunks is one `pread`. zarr-python reads the same files
+chunk by chunk needs the memory of one chunk; reading is one `preadv` for each. zarr-python reads the same files
 and is the oracle in the tests.
 """
 

@@ -30,24 +30,58 @@ REFUSED: Final = {
     "ignore_data_skip": "a training that goes on reads what would have followed",
     "report_to": "say it in train.report_to",
     "auto_find_batch_size": "the order of samples depends on train.batch_size; set that",
+    "num_train_epochs": "a training is counted in steps; set train.max_steps",
+    "output_dir": "the student and its checkpoints lie in run_dir",
+    "resume_from_checkpoint": "a training that was cut off goes on at its last checkpoint by itself",
+    "label_smoothing_factor": "the cross-entropy is kava's own, of the tokens as they are",
+    "save_only_model": "a training that is cut off could not go on as the whole one would",
+    "load_best_model_at_end": "the student is that of the last step; set train.max_steps",
+    "bf16_full_eval": "held-out metrics are those of the weights as they are trained; train.bf16 is for both",
+    "fp16_full_eval": "held-out metrics are those of the weights as they are trained",
+    "dataloader_persistent_workers": "batches are read by kava's own threads or train.num_workers, which live on",
 }
 """What training here does otherwise, and why."""
+OWN_KEYS: Final = {
+    "max_steps": "max_steps",
+    "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "learning_rate": "learning_rate",
+    "lr_scheduler_type": "lr_scheduler",
+    "warmup_steps": "warmup_steps",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+    "bf16": "bf16",
+    "logging_steps": "logging_steps",
+    "eval_steps": "eval_steps",
+    "save_steps": "save_steps",
+    "dataloader_num_workers": "num_workers",
+    "seed": "seed",
+    "gradient_checkpointing": "gradient_checkpointing",
+}
+"""Arguments that a key of `train` sets; half of what reads that key would not see the argument."""
 
 
 def training_arguments(settings: TrainSettings, out: Path, *, has_heldout: bool) -> Any:
     """The arguments of one training.
 
     Args:
-        settings: see `TrainSettings`; its `arguments` win over what is derived from the rest.
+        settings: see `TrainSettings`; its `arguments` win over what is kava's own choice, and set no key of its own.
         out: the student's folder; checkpoints lie below it.
         has_heldout: whether there is anything to evaluate on.
 
     Raises:
-        RecipeError: if transformers refuses an argument, or gradient checkpointing would lose the KV loss's gradient.
+        RecipeError: if transformers refuses an argument, if it is one of `REFUSED` or `OWN_KEYS`, or if gradient
+            checkpointing would lose the KV loss's gradient.
     """
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
     if unknown := sorted(set(settings.arguments) - known):
         raise RecipeError(f"train.arguments: transformers.TrainingArguments has no {unknown[0]!r}")
+    for name in settings.arguments:
+        if name in REFUSED:
+            raise RecipeError(f"train.arguments.{name}: {REFUSED[name]}")
+        if name in OWN_KEYS:
+            raise RecipeError(f"train.arguments.{name}: set train.{OWN_KEYS[name]}")
     values: dict[str, Any] = {
         "output_dir": str(out / "checkpoints"),
         "max_steps": settings.max_steps,
@@ -81,12 +115,13 @@ def training_arguments(settings: TrainSettings, out: Path, *, has_heldout: bool)
         "remove_unused_columns": False,
         **settings.arguments,
     }
-    for name, reason in REFUSED.items():
-        if name in settings.arguments:
-            raise RecipeError(f"train.arguments.{name}: {reason}")
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
         if values.get(name) == "epoch":
             raise RecipeError(f"train.arguments.{name}: epoch: a training is counted in steps; set {name[:-8]}steps")
+    if values["save_strategy"] == "best":
+        raise RecipeError(
+            "train.arguments.save_strategy: best: a training goes on at its last checkpoint; set save_steps"
+        )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise RecipeError(f"train: accelerate was told to shard the model: {REFUSED['fsdp']}")
     checkpointing = dict(values.get("gradient_checkpointing_kwargs") or {})

@@ -1,8 +1,9 @@
 """Control targets: what is left of a gain when the targets say nothing of the text.
 
 A control reads like the target store that it is made of: the same samples, tokens, masks and statistics, so that
-batches and the scale of the loss are the same; only the training samples' keys and values are others. Held-out samples
-keep theirs: a held-out KV error means the same whatever a student was trained on.
+batches and the scale of the loss are the same; only the training samples' keys and values are others. (A sample that is
+dealt one without any target has none either.) Held-out samples keep theirs: a held-out KV error means the same whatever
+a student was trained on.
 """
 
 from __future__ import annotations
@@ -109,12 +110,18 @@ class ShuffledTargets(ControlTargets):
 
 
 class TokenShuffledTargets(ControlTargets):
-    """Each training sample has its own targets, given to other tokens of it."""
+    """Each training sample has its own targets, given to other tokens of it.
+
+    The tokens with a target are dealt onto a seeded circle and each gets that of the next: none keeps its own, unless
+    it is the only one.
+    """
 
     def replaced(self, index: int, own: KVSample, *, keys: bool, values: bool) -> KVSample:
         """The sample's own keys and values in another order."""
         rows = np.flatnonzero(own.mask)
-        order = np.random.default_rng((self.seed, index)).permutation(rows)
+        circle = np.random.default_rng((self.seed, index)).permutation(len(rows))
+        order = np.empty_like(rows)
+        order[circle] = rows[np.roll(circle, -1)]
         return take_rows(own, self.targets.sample(index, keys=keys, values=values, extras=False), order)
 
 

@@ -1,9 +1,9 @@
 """Hugging Face's Trainer with `CE + alpha * KV` as its loss, and the divergence from cached logits if asked for.
 
 Devices, precision, checkpoints and the loop are the Trainer's. Ours are the loss, the batches (`feed`), held-out
-metrics that weigh every token the same, the refusal of targets that are not this student's, and the end of a training
-that goes wrong: what is not finite is named with its samples, and nothing is saved after it. Several ranks agree on
-each such end.
+metrics that weigh every token the same, and the end of a training that goes wrong: what is not finite is named with its
+samples, and nothing is saved after it. Several ranks agree on each such end. Targets that are not this student's are
+refused before, in `checks`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 
-from ..errors import KavaError, TrainingError
+from ..errors import KavaError, StageError, TrainingError
 from ..store.files import write_atomic
 from .alpha import AutoAlpha, gradient_norms, schedule_factor
 from .diagnostics import CollapseAlarm, Mean, StepClock, check_gradient, not_finite, spread_ratio
@@ -167,7 +167,9 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         with torch.no_grad(), closing(self.feed.heldout()) as batches:
             for batch in batches:
                 inputs = self._prepare_inputs(batch)
-                found = self._forward(model, inputs)
+                # A model that takes no further step is not prepared by the Trainer, which gives it its own autocast.
+                with self.accelerator.autocast():
+                    found = self._forward(model, inputs)
                 ce += float(found.ce.double())
                 tokens += int(found.tokens)
                 text_bytes += inputs["text_bytes"]
@@ -199,8 +201,20 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         super().log(logs, start_time)
 
     def load_state(self, checkpoint: Path) -> None:
-        """Takes up what `_save_checkpoint` left beside the Trainer's own files."""
+        """Takes up what `_save_checkpoint` left beside the Trainer's own files.
+
+        Raises:
+            StageError: if it is of a training with another kind of alpha, or of other batches.
+        """
         state = json.loads((checkpoint / STATE).read_text())
+        if (state["alpha"] is None) != (self.auto is None):
+            was, now = ("auto", "a number") if self.auto is None else ("a number", "auto")
+            raise agreed(
+                StageError(
+                    f"the checkpoint is of a training with train.alpha: {was}, this one has {now}: go on as it was "
+                    "begun, or begin again with --force train"
+                )
+            )
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if self.finished:
             # Asked to go on from the last step, the Trainer would take one more.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from fixtures.models import tiny_model
 from fixtures.stores import write_store
 
+from kava.errors import RetryLaterError
 from kava.hub import tokenizer_digest
 from kava.store import KVGeometry
 from kava.tap import KVTap
@@ -75,6 +78,30 @@ def test_gradients_are_finite_and_close_to_those_of_float32() -> None:
     assert gradients[0].isfinite().all()
     one, two = gradients
     assert torch.nn.functional.cosine_similarity(one, two, dim=0) > 0.999
+
+
+def test_a_training_that_only_its_evaluation_was_left_of_is_evaluated_under_autocast_too(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    geometry = KVGeometry(num_layers=3, num_key_value_heads=4, head_dim=8)
+    digest = tokenizer_digest(load_student(tiny_models["student"])[1])
+    store, _ = write_store(
+        tmp_path / "t.zarr", [9, 14, 6, 11], kind="target", geometry=geometry, tokenizer_digest=digest
+    )
+
+    def train(name: str, ask: int | None = None, *, bf16: bool = True) -> dict[str, float]:
+        def on_step(step: int, total: int) -> None:
+            if step == ask:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        settings = TrainSettings.model_validate({"max_steps": 2, "alpha": 1.0, "batch_size": 2, "bf16": bf16})
+        return train_student(tiny_models["student"], store, tmp_path / name, settings, on_step=on_step).metrics
+
+    whole = train("whole")
+    with pytest.raises(RetryLaterError, match="after step 2"):
+        train("cut", 2)
+    assert train("cut") == whole
+    assert train("exact", bf16=False)["ce"] not in (whole["ce"], pytest.approx(whole["ce"], rel=1e-7))
 
 
 @pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True, "lora": {"r": 4}}], ids=["plain", "lora"])

@@ -22,6 +22,7 @@ from kava.hub import tokenizer_digest
 from kava.store import KVGeometry, KVStore
 from kava.tap import KVTap
 from kava.train import TrainSettings, load_student, train_student
+from kava.train.arguments import OWN_KEYS, REFUSED, training_arguments
 from kava.train.callbacks import STOP_SIGNALS, StopOnSignal
 from kava.train.diagnostics import CollapseAlarm, spread_ratio
 from kava.train.feed import Feed
@@ -126,7 +127,7 @@ def test_reentrant_checkpointing_would_lose_it_and_is_refused(train: Train) -> N
     one = _steps(train("plain"))
     for name, changes in (
         ("two", {"gradient_checkpointing": True}),
-        ("three", {"arguments": {"gradient_checkpointing": True}}),
+        ("three", {"gradient_checkpointing": True, "arguments": {"gradient_checkpointing_kwargs": {}}}),
     ):
         for line, plain in zip(_steps(train(name, **changes)), one, strict=True):
             assert line == pytest.approx(plain, rel=1e-4)
@@ -254,6 +255,12 @@ def test_other_ranks_and_batches_than_the_checkpoint_s_are_refused(train: Train,
         train("cut", save_steps=2, batch_size=4)
     with pytest.raises(StageError, match="of another order of samples"):
         train("cut", save_steps=2, group_by_length=True)
+    with pytest.raises(StageError, match="alpha: a number, this one has auto: go on as it was begun"):
+        train("cut", save_steps=2, alpha="auto")
+    with pytest.raises(RuntimeError, match="power"):
+        train("auto", on_step=fall, save_steps=2, alpha="auto")
+    with pytest.raises(StageError, match="alpha: auto, this one has a number"):
+        train("auto", save_steps=2)
     state = json.loads((tmp_path / "cut/checkpoints/checkpoint-2/kava.json").read_text())["feed"]
     assert (state["epoch"], state["row"], state["ranks"]) == (0, 4, 1)
 
@@ -263,6 +270,7 @@ def test_other_ranks_and_batches_than_the_checkpoint_s_are_refused(train: Train,
     [
         ({"arguments": {"fsdp": "full_shard"}}, "train.arguments.fsdp: sharded models are not trained here"),
         ({"arguments": {"train_sampling_strategy": "random"}}, "the order of samples is kava's own"),
+        ({"arguments": {"save_strategy": "best"}}, "train.arguments.save_strategy: best: .* set save_steps"),
         ({"arguments": {"eval_strategy": "epoch"}}, "train.arguments.eval_strategy: epoch: .* set eval_steps"),
         ({"pack_tokens": 24, "group_by_length": True}, "packed rows are of about equal length already"),
     ],
@@ -270,6 +278,27 @@ def test_other_ranks_and_batches_than_the_checkpoint_s_are_refused(train: Train,
 def test_what_training_here_does_otherwise_is_refused(train: Train, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train("x", **changes)
+
+
+@pytest.mark.parametrize("name", [*REFUSED, *OWN_KEYS])
+def test_an_argument_that_would_do_nothing_or_half_is_refused(tmp_path: Path, name: str) -> None:
+    settings = TrainSettings.model_validate({"arguments": {name: 1}})
+    reason = REFUSED.get(name) or f"set train.{OWN_KEYS[name]}"
+    with pytest.raises(RecipeError, match=rf"train\.arguments\.{name}: {re.escape(reason)}"):
+        training_arguments(settings, tmp_path, has_heldout=True)
+
+
+def test_every_argument_with_a_key_of_its_own_gets_that(tmp_path: Path) -> None:
+    """None is left out of the table, and none is of a key that there is not."""
+    assert set(OWN_KEYS.values()) <= set(TrainSettings.model_fields)
+    changes: dict[str, Any] = {"lr_scheduler": "linear", "bf16": True, "gradient_checkpointing": True}
+    changes |= {key: 7 for key in OWN_KEYS.values() if key not in changes}
+    plain, changed = (
+        training_arguments(TrainSettings.model_validate(found), tmp_path, has_heldout=True).to_dict()
+        for found in ({}, changes)
+    )
+    derived = {"do_eval", "eval_strategy", "save_strategy"}
+    assert {name for name in plain if plain[name] != changed[name]} - derived == OWN_KEYS.keys()
 
 
 @pytest.mark.parametrize(
