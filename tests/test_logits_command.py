@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from fixtures.command import kava, write_recipe
 from fixtures.models import save_model
 from fixtures.stores import tree
+from fixtures.tokenizers import sentencepiece_tokenizer
 
 from kava.pipeline import load_recipe
 from kava.pipeline.run import Run
@@ -167,3 +169,21 @@ def test_what_cannot_be(tmp_path: Path, models: dict[str, Path], override: str, 
     else:
         printed = kava("run", recipe, "-s", override, code=2)
     assert message in " ".join(printed.split())
+
+
+@pytest.mark.slow
+def test_a_probe_trains_on_the_targets_that_training_names(tmp_path: Path, models: dict[str, Path]) -> None:
+    """The first teacher's have no logits here: its tokens are not the student's."""
+    recipe = _recipe(tmp_path, models, extract={"logits": 8}, train={"teacher": "big"})
+    whole = yaml.safe_load(recipe.read_text())
+    other = save_model(
+        tmp_path / "other", "llama", sentencepiece_tokenizer(500), layers=2, heads=2, kv_heads=2, head_dim=8
+    )
+    whole["teachers"] = {"first": {"model": str(other), "dtype": "float32"}, **whole["teachers"]}
+    recipe.write_text(yaml.safe_dump(whole))
+    printed = kava("plan", recipe, "--probe", "--json")
+    assert json.loads(printed[printed.index("{\n") : printed.rindex("\n}") + 2])["seconds"]["train"] > 0
+    printed = kava("plan", recipe, "--probe", "--teacher", "first", "--json")
+    plan = json.loads(printed[printed.index("{\n") : printed.rindex("\n}") + 2])
+    assert "train" not in plan["seconds"]
+    assert any("they learn logits of big, which is not probed" in problem for problem in plan["problems"])

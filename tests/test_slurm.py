@@ -80,3 +80,19 @@ def test_the_scripts_under_slurm(tmp_path: Path, tiny_models: dict[str, Path]) -
     kava("run", recipe, "-s", f"run_dir={one}", "--until", "project")
     for name in ("teachers/big.zarr", "targets/big.zarr"):
         assert tree(run / name) == tree(one / name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(slurm.missing()), reason=slurm.missing())
+def test_tasks_of_a_training_see_all_devices_of_their_node(tmp_path: Path) -> None:
+    """Each takes that of its LOCAL_RANK: bound to one of its own, the second would find no second one."""
+    (tmp_path / "kava").write_text('#!/bin/sh\necho "$RANK of $WORLD_SIZE, $LOCAL_RANK: $SLURMD_TRES_BIND"\n')
+    (tmp_path / "kava").chmod(0o755)
+    (root := tmp_path / "slurm").mkdir()
+    with slurm.running(root) as found:
+        environment = found | {"PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]])}
+        here = [f"--chdir={tmp_path}", "--cpus-per-task=1", "--ntasks=2", "--gpus-per-task=1"]
+        _submit(environment, *here, ROOT / "workflows/slurm/train.sbatch", "recipe.yaml")
+        _wait_for(environment, 60, folder=tmp_path)
+    (log,) = tmp_path.glob("kava-train-*.log")
+    assert sorted(log.read_text().splitlines()) == ["0 of 2, 0: gpu:none", "1 of 2, 1: gpu:none"]
