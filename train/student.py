@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError
+from ..errors import RecipeError, RetryLaterError
 from ..hub import ModelSource, find_model, load_model, load_tokenizer
 from ..store.files import disk_errors
 from ..tap import attention_layout, probe_geometry
@@ -28,6 +31,7 @@ def make_student(settings: StudentSettings, folder: Path, texts: Iterable[str]) 
     Raises:
         RecipeError: if the config is not one of a causal language model that kava knows, or has another geometry.
         ModelNotFoundError: if a model or tokenizer cannot be loaded.
+        RetryLaterError: if the disk is full.
     """
     import torch
 
@@ -43,13 +47,48 @@ def make_student(settings: StudentSettings, folder: Path, texts: Iterable[str]) 
     geometry = probe_geometry(model)
     if settings.geometry is not None and settings.geometry != geometry:
         raise RecipeError(f"student.geometry: the recipe states {settings.geometry}, the model has {geometry}")
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    with disk_errors(folder):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        temporary.rename(folder)
+    # Another process may be at the same, where a file system knows no locks.
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
+    with saving(folder):
+        try:
+            temporary.mkdir(parents=True)
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            _move(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move(made: Path, folder: Path) -> None:
+    """Gives a student its name, unless another process was faster with the same one."""
+    try:
+        made.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """`disk_errors`, also for what torch and safetensors, which write without Python, make of a full disk.
+
+    Raises:
+        RetryLaterError: the disk is full or failing.
+        StoreError: the place cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        with disk_errors(path):
+            yield
+    except (SafetensorError, RuntimeError) as error:
+        # The first is always of the file; torch's writer has no class of its own, but names itself.
+        if not isinstance(error, SafetensorError) and "inline_container" not in str(error):
+            raise
+        raise RetryLaterError(
+            f"{path}: weights could not be written ({str(error).splitlines()[0]}); make room and run the same command "
+            "again"
+        ) from error
 
 
 def student_config(settings: StudentSettings, tokenizer: Any | None) -> Any:
@@ -83,6 +122,12 @@ def load_student(folder: Path, *, dtype: str = "auto") -> tuple[Any, Any]:
     """The model and tokenizer in a folder."""
     source = find_model(str(folder.resolve()))
     return load_model(source, dtype=dtype, device="cpu"), load_tokenizer(source)
+
+
+def padding(tokenizer: Any) -> int:
+    """The token that batches are padded with, which is never seen."""
+    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(found or 0)
 
 
 def _source(settings: StudentSettings, name: str) -> ModelSource:

@@ -23,7 +23,7 @@ from .lora import add_lora, save_merged
 from .objective import Objective
 from .ranks import Ranks, agreed
 from .settings import TrainSettings
-from .student import load_student
+from .student import load_student, padding, saving
 from .trackers import check_trackers
 from .trainer import KVTrainer
 
@@ -67,7 +67,7 @@ def train_student(
         StageError: if the store is not made for this student, or the KV loss would have no gradient; before the first
             update.
         TrainingError: if a loss or a gradient is not finite; the last checkpoint stays.
-        RetryLaterError: after a signal to stop, with a checkpoint.
+        RetryLaterError: after a signal to stop, with a checkpoint, or if the disk is full.
         BackendNotInstalledError: if a tracker or peft is not installed.
     """
     ranks = ranks or Ranks()
@@ -82,13 +82,12 @@ def train_student(
     datasets = {s: TargetDataset(store, s, names=names, layers=layers, logits=logits) for s in Split}
     if not len(datasets[Split.TRAIN]):
         raise StageError(f"{store.path}: there is no training sample in it")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if settings.lora is not None:
         model = add_lora(model, settings.lora)
     if settings.pack_tokens is not None:
         check_packing(model)
     args = training_arguments(settings, out, has_heldout=len(datasets[Split.HELDOUT]) > 0)
-    collator = TargetCollator(pad or 0, tuple(settings.ce_segments))
+    collator = TargetCollator(padding(tokenizer), tuple(settings.ce_segments))
     feed = Feed(datasets, collator, settings, args, ranks)
     checkpoints = out / "checkpoints"
     checkpoint, begun = ranks.first(lambda: begin_at(checkpoints))
@@ -127,8 +126,9 @@ def train_student(
             )
         metrics = trainer.evaluate() if len(datasets[Split.HELDOUT]) else {}
         if ranks.is_first:
-            (model if settings.lora is None else save_merged(model, out)).save_pretrained(out)
-            tokenizer.save_pretrained(out)
+            with saving(out):
+                (model if settings.lora is None else save_merged(model, out)).save_pretrained(out)
+                tokenizer.save_pretrained(out)
             shutil.rmtree(checkpoints, ignore_errors=True)
         ranks.wait()
     metrics = {name.removeprefix("heldout_"): value for name, value in metrics.items() if name.startswith("heldout_")}
