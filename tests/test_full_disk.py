@@ -15,6 +15,7 @@ from kava.errors import RetryLaterError
 from kava.hub import tokenizer_digest
 from kava.store import KVGeometry, KVStore
 from kava.train import TrainSettings, load_student, train_student
+from kava.train.student import saving
 
 FOLDERS = {"extract": "teachers", "resample": "resampled", "project": "targets", "select": "selected"}
 
@@ -66,12 +67,23 @@ def test_a_disk_that_fills_up_under_a_checkpoint(
     with mounted(out, "-t", "tmpfs", "-o", f"size={int(share * weights) + 64}k", "tmpfs"):
         with pytest.raises(RetryLaterError, match="make room and run the same command again") as told:
             train_student(student, store, out, TrainSettings.model_validate(settings))
-        assert type(told.value.__cause__).__name__ == writer
+        assert told.value.__cause__ is not None
+        assert type(told.value.__cause__.__cause__).__name__ == writer
         del told  # Its frames hold torch's file open.
         gc.collect()
         subprocess.run(["mount", "-o", f"remount,size={20 * weights}k", str(out)], check=True)
         assert train_student(student, store, out, TrainSettings.model_validate(settings)).steps == 2
         assert (out / "model.safetensors").is_file()
+
+
+def test_a_disk_that_fills_up_under_a_tokenizer(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    tokenizer, place = load_student(tiny_models["student"])[1], tmp_path / "disk"
+    with (
+        mounted(place, "-t", "tmpfs", "-o", "size=8k", "tmpfs"),
+        pytest.raises(RetryLaterError, match="no space left on device; make room"),
+        saving(place),
+    ):
+        tokenizer.save_pretrained(place)
 
 
 @pytest.mark.parametrize("command", [("inspect",), ("inspect", "--json"), ("verify",)])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from ..errors import RecipeError, RetryLaterError
+from ..errors import RecipeError
 from ..hub import ModelSource, find_model, load_model, load_tokenizer
 from ..store.files import disk_errors
 from ..tap import attention_layout, probe_geometry
@@ -18,6 +20,10 @@ from .settings import ByteLevelBPE, StudentSettings
 
 END = "<|endoftext|>"
 """The one special token of a tokenizer trained here: end of sequence, and padding."""
+_TORCH_WRITES: Final = ("inline_container", "iostream error")
+"""In what torch says where its writer fails: that has no error class of its own."""
+_OS_ERROR: Final = re.compile(r"\(os error (\d+)\)")
+"""In what safetensors and tokenizers say, whose classes tell even less."""
 
 
 def make_student(settings: StudentSettings, folder: Path, texts: Iterable[str]) -> None:
@@ -70,25 +76,23 @@ def _move(made: Path, folder: Path) -> None:
 
 @contextmanager
 def saving(path: Path) -> Iterator[None]:
-    """`disk_errors`, also for what torch and safetensors, which write without Python, make of a full disk.
+    """`disk_errors`, also for what torch, safetensors and tokenizers, which write without Python, make of a full disk.
 
     Raises:
         RetryLaterError: the disk is full or failing.
         StoreError: the place cannot be written.
     """
-    from safetensors import SafetensorError
-
-    try:
-        with disk_errors(path):
+    with disk_errors(path):
+        try:
             yield
-    except (SafetensorError, RuntimeError) as error:
-        # The first is always of the file; torch's writer has no class of its own, but names itself.
-        if not isinstance(error, SafetensorError) and "inline_container" not in str(error):
-            raise
-        raise RetryLaterError(
-            f"{path}: weights could not be written ({str(error).splitlines()[0]}); make room and run the same command "
-            "again"
-        ) from error
+        except Exception as error:
+            if found := _OS_ERROR.search(str(error)):
+                number = int(found[1])
+            elif isinstance(error, RuntimeError) and any(sign in str(error) for sign in _TORCH_WRITES):
+                number = errno.EIO  # It does not say which.
+            else:
+                raise
+            raise OSError(number, os.strerror(number)) from error
 
 
 def student_config(settings: StudentSettings, tokenizer: Any | None) -> Any:
