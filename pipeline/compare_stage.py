@@ -234,14 +234,13 @@ def _measure(folder: Path, store: Targets, settings: TrainSettings) -> Any:
     import torch
 
     from ..train.heldout import evaluate_heldout
-    from ..train.student import load_student
+    from ..train.student import load_student, padding
 
     model, tokenizer = load_student(folder, dtype="float32")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return evaluate_heldout(
         model.to("cuda" if torch.cuda.is_available() else "cpu"),
         store,
-        pad_token_id=pad or 0,
+        pad_token_id=padding(tokenizer),
         ce_segments=settings.ce_segments,
         batch_size=settings.batch_size,
     )

@@ -170,8 +170,22 @@ def _images(zeros: int) -> tuple[int, ...]:
 
 
 def _fill(file: int, offset: int, nbytes: int, *buffers: memoryview) -> None:
-    if os.preadv(file, buffers, offset) < nbytes:
-        raise DamagedStoreError("the file ends within it")
+    done = os.preadv(file, buffers, offset)
+    while done < nbytes:  # File servers and FUSE may give less than is there.
+        more = os.preadv(file, _behind(done, buffers), offset + done)
+        if not more:
+            raise DamagedStoreError("the file ends within it")
+        done += more
+
+
+def _behind(done: int, buffers: Sequence[memoryview]) -> list[memoryview]:
+    """What is left to fill of buffers that follow each other."""
+    left = []
+    for buffer in buffers:
+        if done < buffer.nbytes:
+            left.append(buffer.cast("B")[done:])
+        done = max(0, done - buffer.nbytes)
+    return left
 
 
 def _compare(payload: np.ndarray[Any, Any], stored: np.ndarray[Any, Any], check: bool) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..errors import DamagedStoreError
 from .codec import Chunk, Codec, crc32c
-from .files import reading
+from .files import read_all, reading
 from .scratch import scratch
 
 SHARD_BYTES: Final = 128 << 20
@@ -209,7 +209,7 @@ class PageReader:
         try:
             with reading(path), path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                data = os.pread(file.fileno(), tail, max(0, size - tail))
+                data = read_all(file.fileno(), tail, max(0, size - tail))
         except FileNotFoundError:
             raise DamagedStoreError(f"{path}: the shard is missing") from None
         if len(data) < tail or struct.unpack("<I", data[-4:])[0] != crc32c(data[:-4]):

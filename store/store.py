@@ -7,6 +7,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -316,7 +317,8 @@ class KVStore(Sequence[KVSample]):
         """Removes parts that were set aside and are written again."""
         with disk_errors(self.path):
             for index in set(self.parts_set_aside()) & set(self.committed_parts()):
-                remove(self.path / "parts" / f"{_ASIDE}{part_name(index)}")
+                with suppress(FileNotFoundError):  # Another process that opens the store may be at it.
+                    remove(self.path / "parts" / f"{_ASIDE}{part_name(index)}")
 
     def indices(self, split: Split | None = None) -> list[int]:
         """Samples that are written and did not fail, of one split or of all."""

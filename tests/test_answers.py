@@ -47,6 +47,8 @@ from kava.answers import final_number, same_number
         ("#### none", None),
         ("7 then ####", None),
         ("", None),
+        pytest.param("#### " + 5000 * "7", None, id="endless"),
+        pytest.param("#### 0." + 5000 * "7", None, id="endless fraction"),
     ],
 )
 def test_the_final_number(text: str, number: str | None) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from fixtures.command import kava, write_recipe
-from fixtures.stores import mounted, tree
+from fixtures.stores import mounted, tree, write_store
 
-from kava.store import KVStore
+from kava.errors import RetryLaterError
+from kava.hub import tokenizer_digest
+from kava.store import KVGeometry, KVStore
+from kava.train import TrainSettings, load_student, train_student
+from kava.train.student import saving
 
 FOLDERS = {"extract": "teachers", "resample": "resampled", "project": "targets", "select": "selected"}
 
@@ -42,6 +47,43 @@ def test_a_disk_that_fills_up_under_each_stage(tmp_path: Path, tiny_models: dict
             assert tree(place) == whole
         place.rmdir()
         (tmp_path / "kept").rename(place)
+
+
+@pytest.mark.parametrize(("writer", "share"), [("SafetensorError", 0.5), ("RuntimeError", 1.5)])
+def test_a_disk_that_fills_up_under_a_checkpoint(
+    tmp_path: Path, tiny_models: dict[str, Path], writer: str, share: float
+) -> None:
+    """Under the weights, or under the optimizer's state behind them; neither writer raises an `OSError`."""
+    student, out = tiny_models["student"], tmp_path / "out"
+    store, _ = write_store(
+        tmp_path / "t.zarr",
+        [9, 14, 6],
+        kind="target",
+        geometry=KVGeometry(num_layers=3, num_key_value_heads=4, head_dim=8),
+        tokenizer_digest=tokenizer_digest(load_student(student)[1]),
+    )
+    settings = {"max_steps": 2, "alpha": 1.0, "batch_size": 2, "save_steps": 1, "logging_steps": 1, "report_to": []}
+    weights = (student / "model.safetensors").stat().st_size // 1024
+    with mounted(out, "-t", "tmpfs", "-o", f"size={int(share * weights) + 64}k", "tmpfs"):
+        with pytest.raises(RetryLaterError, match="make room and run the same command again") as told:
+            train_student(student, store, out, TrainSettings.model_validate(settings))
+        assert told.value.__cause__ is not None
+        assert type(told.value.__cause__.__cause__).__name__ == writer
+        del told  # Its frames hold torch's file open.
+        gc.collect()
+        subprocess.run(["mount", "-o", f"remount,size={20 * weights}k", str(out)], check=True)
+        assert train_student(student, store, out, TrainSettings.model_validate(settings)).steps == 2
+        assert (out / "model.safetensors").is_file()
+
+
+def test_a_disk_that_fills_up_under_a_tokenizer(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    tokenizer, place = load_student(tiny_models["student"])[1], tmp_path / "disk"
+    with (
+        mounted(place, "-t", "tmpfs", "-o", "size=8k", "tmpfs"),
+        pytest.raises(RetryLaterError, match="no space left on device; make room"),
+        saving(place),
+    ):
+        tokenizer.save_pretrained(place)
 
 
 @pytest.mark.parametrize("command", [("inspect",), ("inspect", "--json"), ("verify",)])

@@ -195,5 +195,4 @@ def _counts(batch: dict[str, Any], loss: KVLoss | None) -> tuple[float, float, f
     logits = float(taught(batch["labels"], batch["logit_ids"]).sum()) if "logit_ids" in batch else 0.0
     if loss is None:
         return predicted, 0.0, logits
-    weights = loss.token_weights(batch["kv_mask"], batch["segments"])
-    return predicted, float(batch["kv_mask"].sum() if weights is None else weights.sum()), logits
+    return predicted, loss.total_weight(batch["kv_mask"], batch["segments"]), logits

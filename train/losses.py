@@ -240,6 +240,11 @@ class KVLoss:
         assert segments is not None
         return torch.tensor(table, device=mask.device)[segments[mask].long()]
 
+    def total_weight(self, mask: torch.Tensor, segments: torch.Tensor | None) -> float:
+        """What the loss of a batch is a mean over: the sum of `token_weights`, or how many tokens have a target."""
+        weights = self.token_weights(mask, segments)
+        return float((mask if weights is None else weights).sum())
+
     def __call__(
         self,
         student: Mapping[str, Mapping[int, torch.Tensor]],

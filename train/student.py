@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import shutil
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ..errors import RecipeError
 from ..hub import ModelSource, find_model, load_model, load_tokenizer
@@ -15,6 +20,10 @@ from .settings import ByteLevelBPE, StudentSettings
 
 END = "<|endoftext|>"
 """The one special token of a tokenizer trained here: end of sequence, and padding."""
+_TORCH_WRITES: Final = ("inline_container", "iostream error")
+"""In what torch says where its writer fails: that has no error class of its own."""
+_OS_ERROR: Final = re.compile(r"\(os error (\d+)\)")
+"""In what safetensors and tokenizers say, whose classes tell even less."""
 
 
 def make_student(settings: StudentSettings, folder: Path, texts: Iterable[str]) -> None:
@@ -28,6 +37,7 @@ def make_student(settings: StudentSettings, folder: Path, texts: Iterable[str]) 
     Raises:
         RecipeError: if the config is not one of a causal language model that kava knows, or has another geometry.
         ModelNotFoundError: if a model or tokenizer cannot be loaded.
+        RetryLaterError: if the disk is full.
     """
     import torch
 
@@ -43,13 +53,46 @@ def make_student(settings: StudentSettings, folder: Path, texts: Iterable[str]) 
     geometry = probe_geometry(model)
     if settings.geometry is not None and settings.geometry != geometry:
         raise RecipeError(f"student.geometry: the recipe states {settings.geometry}, the model has {geometry}")
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    with disk_errors(folder):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        temporary.rename(folder)
+    # Another process may be at the same, where a file system knows no locks.
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
+    with saving(folder):
+        try:
+            temporary.mkdir(parents=True)
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            _move(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move(made: Path, folder: Path) -> None:
+    """Gives a student its name, unless another process was faster with the same one."""
+    try:
+        made.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """`disk_errors`, also for what torch, safetensors and tokenizers, which write without Python, make of a full disk.
+
+    Raises:
+        RetryLaterError: the disk is full or failing.
+        StoreError: the place cannot be written.
+    """
+    with disk_errors(path):
+        try:
+            yield
+        except Exception as error:
+            if found := _OS_ERROR.search(str(error)):
+                number = int(found[1])
+            elif isinstance(error, RuntimeError) and any(sign in str(error) for sign in _TORCH_WRITES):
+                number = errno.EIO  # It does not say which.
+            else:
+                raise
+            raise OSError(number, os.strerror(number)) from error
 
 
 def student_config(settings: StudentSettings, tokenizer: Any | None) -> Any:
@@ -83,6 +126,12 @@ def load_student(folder: Path, *, dtype: str = "auto") -> tuple[Any, Any]:
     """The model and tokenizer in a folder."""
     source = find_model(str(folder.resolve()))
     return load_model(source, dtype=dtype, device="cpu"), load_tokenizer(source)
+
+
+def padding(tokenizer: Any) -> int:
+    """The token that batches are padded with, which is never seen."""
+    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(found or 0)
 
 
 def _source(settings: StudentSettings, name: str) -> ModelSource:

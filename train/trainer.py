@@ -28,6 +28,7 @@ from .feed import Feed, share_step
 from .objective import Objective, Pass
 from .ranks import Ranks, agreed
 from .settings import TrainSettings
+from .student import saving
 
 STATE: Final = "kava.json"
 """In a checkpoint: what the Trainer does not know of."""
@@ -176,9 +177,7 @@ class KVTrainer(Trainer):  # type: ignore[misc]
                 if found.logits is not None and found.divergence is not None:
                     means.add({"logits": found.divergence}, len(found.logits))
                 if self.kv_loss is not None:
-                    weights = self.kv_loss.token_weights(inputs["kv_mask"], inputs["segments"])
-                    total = float((inputs["kv_mask"] if weights is None else weights).sum())
-                    means.add(found.kv, total)
+                    means.add(found.kv, self.kv_loss.total_weight(inputs["kv_mask"], inputs["segments"]))
         model.train(training)
         ce, tokens, text_bytes = self.ranks.sum([ce, tokens, text_bytes])
         mean = ce / max(tokens, 1)
@@ -229,6 +228,10 @@ class KVTrainer(Trainer):  # type: ignore[misc]
             self.auto = AutoAlpha(**state["alpha"])
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with saving(Path(self.args.output_dir)):
+            self._write_checkpoint(model, trial)
+
+    def _write_checkpoint(self, model: Any, trial: Any) -> None:
         state = {
             "heldout": self._heldout,
             "feed": self.feed.state(self.state.global_step),

@@ -24,7 +24,7 @@ from .lora import add_lora, save_merged
 from .objective import Objective
 from .ranks import Ranks, agreed
 from .settings import TrainSettings
-from .student import load_student
+from .student import load_student, padding, saving
 from .trackers import check_trackers
 from .trainer import KVTrainer
 
@@ -68,14 +68,13 @@ def train_student(
         StageError: if the store is not made for this student, or the KV loss would have no gradient; before the first
             update.
         TrainingError: if a loss or a gradient is not finite; the last checkpoint stays.
-        RetryLaterError: after a signal to stop, with a checkpoint.
+        RetryLaterError: after a signal to stop, with a checkpoint, or if the disk is full.
         BackendNotInstalledError: if a tracker or peft is not installed.
     """
     ranks = ranks or Ranks()
     found = _prepare(student, store, out, settings, corpus_digest)
     model, tokenizer, datasets, args = found.model, found.tokenizer, found.datasets, found.args
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    collator = TargetCollator(pad or 0, tuple(settings.ce_segments))
+    collator = TargetCollator(padding(tokenizer), tuple(settings.ce_segments))
     feed = Feed(datasets, collator, settings, args, ranks)
     checkpoints = out / "checkpoints"
     checkpoint, begun = ranks.first(lambda: begin_at(checkpoints))
@@ -114,8 +113,9 @@ def train_student(
             )
         metrics = trainer.evaluate() if len(datasets[Split.HELDOUT]) else {}
         if ranks.is_first:
-            (model if settings.lora is None else save_merged(model, out)).save_pretrained(out)
-            tokenizer.save_pretrained(out)
+            with saving(out):
+                (model if settings.lora is None else save_merged(model, out)).save_pretrained(out)
+                tokenizer.save_pretrained(out)
             shutil.rmtree(checkpoints, ignore_errors=True)
         ranks.wait()
     metrics = {name.removeprefix("heldout_"): value for name, value in metrics.items() if name.startswith("heldout_")}

@@ -132,16 +132,16 @@ def evaluate_student(
         BackendNotInstalledError: if tasks are asked for and lm-eval is not installed.
     """
     from ...train.heldout import evaluate_heldout
+    from ...train.student import padding
 
     harness = _harness() if tasks else None
     source = find_model(str(student.folder.resolve()))
     model, tokenizer = load_model(source, dtype=dtype), load_tokenizer(source)
     samples, kv = _samples(student.run, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     heldout = evaluate_heldout(
         model,
         samples,
-        pad_token_id=pad or 0,
+        pad_token_id=padding(tokenizer),
         ce_segments=student.run.recipe.train.ce_segments,
         batch_size=batch_size,
         with_kv=kv,

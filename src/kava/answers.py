@@ -45,12 +45,17 @@ def same_number(written: str, answer: str, *, first_mark: bool = False) -> bool:
     return found is not None and found == final_number(answer)
 
 
-def _value(match: re.Match[str]) -> Fraction:
+def _value(match: re.Match[str]) -> Fraction | None:
+    """The number that was found; None if it has more digits than Python reads, as of a model that repeats itself."""
+
     def number(name: str) -> Fraction:
         return Fraction((match[name] or "0").replace(",", ""))
 
-    if match["over"]:
-        size = number("mixed") + number("over") / number("under")
-    else:
-        size = number("whole") + number("part") + number("plain")
+    try:
+        if match["over"]:
+            size = number("mixed") + number("over") / number("under")
+        else:
+            size = number("whole") + number("part") + number("plain")
+    except ValueError:
+        return None
     return -size if match["sign"] or match["inner"] else size

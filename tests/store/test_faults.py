@@ -275,6 +275,57 @@ def test_a_dead_writer_holds_nothing_and_a_living_one_keeps_its_work(store: KVSt
     assert KVStore.open(store.path).missing_parts() == [0]
 
 
+def test_a_part_that_was_set_aside_may_be_removed_by_two(store: KVStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other is faster, with one file of it, and is played here."""
+    copies = [shutil.copytree(store.path / f"parts/0000{n}", store.path / f"copy{n}") for n in (0, 1)]
+    for number, copy in enumerate(copies):
+        store.set_aside(number)
+        copy.rename(store.path / f"parts/0000{number}")
+    unlink = os.unlink
+    faster: list[Any] = []
+
+    def late(path: Any, **options: Any) -> None:
+        unlink(path, **options)
+        if not faster:
+            faster.append(path)
+            unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", late)
+    KVStore.create(store.path, store.manifest)
+    assert faster
+    assert len(KVStore.open(store.path).parts_set_aside()) == 1
+    KVStore.create(store.path, store.manifest)
+    assert KVStore.open(store.path).parts_set_aside() == []
+
+
+@pytest.mark.parametrize("codec", ["blosc-zstd", "none"])
+def test_a_file_system_that_reads_less_than_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str
+) -> None:
+    store, samples = write_store(tmp_path / "s.zarr", LENGTHS, dtype="float32", codec=codec)
+    preadv, sizes = os.preadv, []
+
+    def short(file: int, buffers: Any, offset: int) -> int:
+        wanted = sum(buffer.nbytes for buffer in buffers)
+        first = next(buffer for buffer in buffers if buffer.nbytes).cast("B")
+        got = preadv(file, [first[: max(1, wanted // 2)]], offset)
+        sizes.append((wanted, got))
+        return got
+
+    pread = os.pread
+    monkeypatch.setattr(os, "preadv", short)
+    monkeypatch.setattr(os, "pread", lambda file, nbytes, offset: pread(file, max(1, nbytes // 2), offset))
+    for index, wanted in enumerate(samples):
+        found = KVStore.open(store.path)[index]
+        assert found.keys is not None
+        assert wanted.keys is not None
+        assert torch.equal(found.keys, wanted.keys)
+    assert any(got < wanted for wanted, got in sizes)
+    monkeypatch.setattr(os, "preadv", lambda *_: 0)
+    with pytest.raises(DamagedStoreError, match="the file ends within it"):
+        KVStore.open(store.path)[0]
+
+
 @pytest.mark.parametrize("code", [errno.EEXIST, errno.ENOTEMPTY, errno.ESTALE, errno.ENOENT])
 @pytest.mark.parametrize("moved", ["by us", "by another", "not at all"])
 def test_renaming_on_a_file_server(
