@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from ..errors import KavaError, RecipeError, RetryLaterError
-from ..store import num_cpus
+from ..store import PartReader, Split, num_cpus
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -74,6 +74,27 @@ def ahead(work: Callable[[_In], _Out], items: Iterable[_In]) -> Generator[_Out, 
                 yield waiting.popleft().result()
         for last in waiting:
             yield last.result()
+
+
+def walk(
+    reader: PartReader, read: Callable[[int], _Out], fail: Callable[[int, str, Split, str], None]
+) -> Generator[tuple[int, _Out], None, None]:
+    """A part's samples in the order in which they were written, each by its position, read `ahead`.
+
+    Those that failed are handed on instead. Leave it by `contextlib.closing`.
+
+    Args:
+        reader: of the part.
+        read: gives what is wanted of the sample at a position.
+        fail: called for a failed one, with position, id, split and reason: a writer's.
+    """
+    failed = reader.failed
+    with closing(ahead(read, [position for position in reader.order if position not in failed])) as found:
+        for position in reader.order:
+            if position in failed:
+                fail(position, reader.ids[position], Split(int(reader.splits[position])), failed[position])
+            else:
+                yield position, next(found)
 
 
 def _run_distributed(

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ManifestMismatchError, RecipeError
-from ..store import CODECS, DTYPES, LOSSY, KVStore, Manifest, PartReader, Split, default_page_tokens, library_versions
-from .parallel import ahead, run_parts
+from ..store import CODECS, DTYPES, LOSSY, KVStore, Manifest, PartReader, default_page_tokens, library_versions
+from .parallel import run_parts, walk
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,9 @@ class Transcoding:
         """
         source, out = KVStore.open(self.source), KVStore.open(self.out)
         reader = source.part(part)
-        good = [position for position in reader.order if position not in reader.failed]
-        with out.write_part(part) as writer, closing(ahead(reader.sample, good)) as samples:
-            for position in reader.order:
-                if position in reader.failed:
-                    split = Split(int(reader.splits[position]))
-                    writer.fail(position, reader.ids[position], split, reader.failed[position])
-                else:
-                    writer.append(position, next(samples))
+        with out.write_part(part) as writer, closing(walk(reader, reader.sample, writer.fail)) as samples:
+            for position, sample in samples:
+                writer.append(position, sample)
             same = source.manifest.fingerprint == out.manifest.fingerprint
             writer.commit(
                 reader.sources if same else {"transcoded": reader.content},

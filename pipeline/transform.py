@@ -19,12 +19,12 @@ import numpy as np
 from ..errors import AlignmentError, StageError
 from ..extract import Corpus, CorpusSettings, Encoder, load_corpus
 from ..hub import ModelSource, find_model, load_tokenizer
-from ..store import LOGITS, BackgroundWriter, Derive, ExtraArray, KVSample, KVStore, Manifest, PartReader, Split
+from ..store import LOGITS, BackgroundWriter, Derive, ExtraArray, KVSample, KVStore, Manifest, PartReader
 from ..store.fingerprint import file_stamp
 from .maps.moments import Pair
 from .maps.projector import Projector
 from .maps.resample import TimeMap, coverage, identity_map, time_map
-from .parallel import ahead
+from .parallel import walk
 
 if TYPE_CHECKING:
     import torch
@@ -65,19 +65,14 @@ class Transform:
         """
         parent, out = KVStore.open(self.parent), open_unchanged(self.out, self.fingerprint)
         reader, derive = parent.part(part), self.derive(parent.manifest)
-        good = [position for position in reader.order if position not in reader.failed]
         rows = [name for name, kind in out.manifest.extras.items() if kind.axis == "row"]
         with (
             BackgroundWriter(out, queue_bytes=_WAITING_BYTES, encoders=0) as writer,
-            closing(ahead(partial(_read, reader, rows), good)) as samples,
+            closing(walk(reader, partial(_read, reader, rows), writer.fail)) as samples,
         ):
             writer.begin(part)
-            for position in reader.order:
-                if position in reader.failed:
-                    split = Split(int(reader.splits[position]))
-                    writer.fail(position, reader.ids[position], split, reader.failed[position])
-                    continue
-                made, met = derive(next(samples))
+            for position, source in samples:
+                made, met = derive(source)
                 writer.append(position, made, coverage=None if self.resampler is None else met)
             # On the parent's own time axis, how that one met the teacher's is what there is to know.
             known = reader.coverage if self.resampler is None else None

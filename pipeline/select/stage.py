@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
@@ -13,8 +14,9 @@ import numpy as np
 from ...errors import StageError
 from ...extract.rope import RotaryTable, rotary_tables
 from ...hub import ModelSource, load_config
-from ...store import SEGMENTS, ExtraArray, KVSample, KVStore, Manifest, Split, default_page_tokens
+from ...store import SEGMENTS, ExtraArray, KVSample, KVStore, Manifest, default_page_tokens
 from ...store.dtypes import dtype_of
+from ..parallel import walk
 from ..store_stages import ProjectStage, TransformStage
 from ..transform import load_projector, open_unchanged
 from .rules import Candidates, Selector
@@ -50,17 +52,13 @@ class Selection:
         """Writes one part and returns its number."""
         parent, out = KVStore.open(self.parent), open_unchanged(self.out, self.fingerprint)
         reader = parent.part(part)
-        with out.write_part(part) as writer:
-            for position in reader.order:
-                sample_id = reader.ids[position]
-                split = Split(int(reader.splits[position]))
-                if position in reader.failed:
-                    writer.fail(position, sample_id, split, reader.failed[position])
-                    continue
-                source = reader.sample(position, extras=self.selector.needs_importance)
+        read = partial(reader.sample, extras=self.selector.needs_importance)
+        with out.write_part(part) as writer, closing(walk(reader, read, writer.fail)) as samples:
+            for position, source in samples:
                 places = np.flatnonzero(source.segments == self.segment)
                 if self.selector.needs_importance and np.isnan(source.extras["importance"][places]).any():
-                    writer.fail(position, sample_id, split, "no importance to select by: the sample has no answer")
+                    reason = "no importance to select by: the sample has no answer"
+                    writer.fail(position, source.sample_id, source.split, reason)
                     continue
                 writer.append(position, self.slots(source, places))
             sources = {"calibration": self.calibration} if self.calibration else {}
