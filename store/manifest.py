@@ -106,6 +106,17 @@ class Manifest(_Strict):
         first = part * self.samples_per_part
         return range(first, min(first + self.samples_per_part, self.num_samples))
 
+    def place(self, index: int) -> tuple[int, int]:
+        """The part of sample `index`, and its position there; negative ones count from the end.
+
+        Raises:
+            IndexError: if there is no such sample.
+        """
+        found = index + self.num_samples if index < 0 else index
+        if not 0 <= found < self.num_samples:
+            raise IndexError(f"sample {found} of {self.num_samples}")
+        return divmod(found, self.samples_per_part)
+
     def differences(self, other: Manifest) -> dict[str, tuple[Any, Any]]:
         """Every field, by dotted name, in which two manifests differ; library versions do not count."""
         mine, theirs = (_flat(m.model_dump(mode="json", exclude={"versions", "fingerprint"})) for m in (self, other))

@@ -197,11 +197,7 @@ class KVStore(Sequence[KVSample]):
         return part.tokens(position)
 
     def _where(self, index: int) -> tuple[PartReader, int]:
-        if index < 0:
-            index += len(self)
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        part, position = divmod(index, self.manifest.samples_per_part)
+        part, position = self.manifest.place(index)
         return self.part(part), position
 
     def batch(

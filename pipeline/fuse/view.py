@@ -97,11 +97,8 @@ class FusedTargets(Sequence[KVSample]):
             SampleFailedError: if it failed in every teacher.
             AlignmentError: if the teachers' targets are on different tokens.
         """
-        if index < 0:
-            index += len(self)
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        number, position = divmod(index, self.manifest.samples_per_part)
+        number, position = self.manifest.place(index)
+        index = self.manifest.part_samples(number)[position]
         weights = self.weights(number)[position]
         if not weights.any() or index in self._overflowed:
             raise SampleFailedError(self._reason(number, position))
