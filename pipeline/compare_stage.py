@@ -53,14 +53,14 @@ class ArmStage(TrainStage):
 
     def key(self) -> str:
         """What determines it: as for any student, and what became of the targets."""
-        found = self.run.trained_key(self.settings)
+        found = super().key()
         return found if self._arm.targets == "true" else digest_json([found, self._arm.targets])
 
     def targets(self) -> Targets:
         """The true targets, or the control made of them."""
         from ..train.controls import TARGETS
 
-        return TARGETS[self._arm.targets](self._true_targets())
+        return TARGETS[self._arm.targets](super().targets())
 
     def inspect(self) -> Status:
         """Compares the record in the folder with the recipe."""
@@ -76,7 +76,7 @@ class ArmStage(TrainStage):
         from ..train.compare import HELDOUT
 
         line = super().make(scheduler) if super().inspect().state != "complete" else "trained before"
-        store = self._true_targets()
+        store = super().targets()
         record = read_record(self.output) | {"arm": self._arm.name, "seed": self.seed}
         record["train_samples"] = digest_json(store.indices(Split.TRAIN))
         write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
@@ -87,9 +87,6 @@ class ArmStage(TrainStage):
     def _arm(self) -> Arm:
         assert self.arm is not None
         return self.arm
-
-    def _true_targets(self) -> Targets:
-        return self.run.open_target(self.run.teacher_of(self.settings))
 
 
 def compare_settings(run: Run) -> CompareSettings:

@@ -357,16 +357,15 @@ class Run(Places):
         source = self.parent_manifest(name).geometry
         return layer_map(self.recipe.project.layers, source.num_layers, self.student_geometry.num_layers)
 
-    def trained_key(self, settings: TrainSettings | None = None) -> str:
+    def trained_key(self, settings: TrainSettings) -> str:
         """What determines a trained student: read from the targets on disk, nothing is asked of a teacher.
 
         Args:
-            settings: how it is trained; None for the recipe's.
+            settings: how it is trained.
 
         Raises:
             StoreNotFoundError: if the targets are not made yet.
         """
-        settings = settings or self.recipe.train
         student = self._student_weights  # First: where nothing is made yet, it is what is to be made first.
         targets = self.open_target(self.teacher_of(settings))
         content = [targets.manifest.fingerprint, targets.content]

@@ -84,11 +84,11 @@ class TrainStage(Stage):
 
     def key(self) -> str:
         """What determines it."""
-        return self.run.trained_key()
+        return self.run.trained_key(self.settings)
 
     def targets(self) -> Targets:
         """What it is trained on."""
-        return self.run.open_target(self.run.train_teacher)
+        return self.run.open_target(self.run.teacher_of(self.settings))
 
     def check(self) -> None:
         """Loads the student and what it is trained on, before a trained one is thrown away."""
