@@ -60,6 +60,11 @@ class PagedArray:
         """Chunks in one shard."""
         return max(1, min(SHARD_PAGES, SHARD_BYTES // self.page_bytes))
 
+    @cached_property
+    def index_bytes(self) -> int:
+        """At a shard's end: offset and size of every chunk that it could hold, and a checksum of these."""
+        return 16 * self.pages_per_shard + 4
+
     def shard_path(self, shard: int) -> Path:
         """The file of a shard, by Zarr's default chunk key encoding."""
         return self.folder.joinpath("c", str(shard), *["0"] * (len(self.page_shape) - 1))
@@ -205,7 +210,7 @@ class PageReader:
 
     def _read_index(self, shard: int) -> np.ndarray[Any, Any]:
         path, slots = self.array.shard_path(shard), self.array.pages_per_shard
-        tail = slots * 16 + 4
+        tail = self.array.index_bytes
         try:
             with reading(path), path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size

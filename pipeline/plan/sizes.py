@@ -71,8 +71,7 @@ def store_size(
     arrays = paged_arrays(manifest, Path()).values()
     pages = -(-rows // page // max(num_parts, 1))
     shards = {array.folder.name: -(-pages // array.pages_per_shard) for array in arrays}
-    # The index of a shard has a place for every page that it could hold.
-    index = num_parts * sum(shards[a.folder.name] * (16 * a.pages_per_shard + 4) for a in arrays)
+    index = num_parts * sum(shards[a.folder.name] * a.index_bytes for a in arrays)
     estimated = ""
     if measured is not None:
         paged = tokens * measured + index
@@ -106,7 +105,7 @@ def _in_shards(store: KVStore, *, without_index: bool = False) -> int:
     found = 0
     for number in store.committed_parts():
         for array in paged_arrays(store.manifest, store.path / "parts" / part_name(number)).values():
-            index = 16 * array.pages_per_shard + 4 if without_index else 0
+            index = array.index_bytes if without_index else 0
             found += sum(p.stat().st_size - index for p in (array.folder / "c").rglob("*") if p.is_file())
     return found
 
