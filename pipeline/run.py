@@ -187,6 +187,11 @@ class Run(Places):
         return counted
 
     @property
+    def has_student(self) -> bool:
+        """Whether the untrained student is made, with the settings that the recipe has now."""
+        return bool(read_record(self.student_dir).get("key") == self.student_key)
+
+    @property
     def student_source(self) -> ModelSource:
         """The student's folder.
 
@@ -195,7 +200,7 @@ class Run(Places):
         """
         if not self.student_dir.is_dir():
             raise StageError(f"{self.student_dir} is not made yet; kava run --only student")
-        if read_record(self.student_dir).get("key") != self.student_key:
+        if not self.has_student:
             raise StageError(
                 f"{self.student_dir} is stale: student settings or corpus changed; kava run --only student"
             )
@@ -213,13 +218,12 @@ class Run(Places):
             ModelNotFoundError: if it is a model that cannot be reached.
         """
         settings = self.recipe.student
-        if read_record(self.student_dir).get("key") == self.student_key:
+        if self.has_student:
             return self.student_geometry
         if settings.model is not None:
-            source = find_model(
-                settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-            )
-            return model_geometry(source)
+            from ..train.student import model_source
+
+            return model_geometry(model_source(settings))
         from ..train.student import student_config
 
         return config_geometry(student_config(settings, None))

@@ -43,7 +43,7 @@ def make_student(settings: StudentSettings, folder: Path, texts: Iterable[str]) 
 
     tokenizer = student_tokenizer(settings, texts)
     if settings.model is not None:
-        model = load_model(_source(settings, settings.model), dtype=settings.dtype, device="cpu")
+        model = load_model(model_source(settings), dtype=settings.dtype, device="cpu")
     else:
         config = student_config(settings, tokenizer)
         torch.manual_seed(settings.seed)
@@ -134,8 +134,14 @@ def padding(tokenizer: Any) -> int:
     return int(found or 0)
 
 
-def _source(settings: StudentSettings, name: str) -> ModelSource:
-    return find_model(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+def model_source(settings: StudentSettings) -> ModelSource:
+    """Where the model is that the student begins as.
+
+    Raises:
+        ModelNotFoundError: if it cannot be reached.
+    """
+    assert settings.model is not None
+    return find_model(settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
 
 
 def student_tokenizer(settings: StudentSettings, texts: Iterable[str]) -> Any:
@@ -147,8 +153,7 @@ def student_tokenizer(settings: StudentSettings, texts: Iterable[str]) -> Any:
     if isinstance(settings.tokenizer, ByteLevelBPE):
         return train_tokenizer(texts, settings.tokenizer.vocab_size)
     if settings.tokenizer is None:
-        assert settings.model is not None
-        return load_tokenizer(_source(settings, settings.model))
+        return load_tokenizer(model_source(settings))
     return load_tokenizer(find_model(settings.tokenizer, trust_remote_code=settings.trust_remote_code))
 
 

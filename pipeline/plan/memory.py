@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
-from math import prod
 from typing import Any, Final
 
 from ...errors import RecipeError
 from ...extract.rope import rope_parameters
-from ...hub import load_config, meta_model
+from ...hub import count_parameters, load_config
 from ...store.dtypes import dtype_of
 from ..run import Run
 
@@ -58,7 +57,7 @@ def teacher_memory(run: Run, name: str, longest: int) -> Memory:
     ways = 1
     if extract.backend == "vllm":
         ways = settings.engine.tensor_parallel_size * settings.engine.pipeline_parallel_size
-    parameters = sum(prod(p.shape) for p in meta_model(config).parameters())
+    parameters = count_parameters(config)
     tokens = max(extract.batch_tokens, longest)
     heads = config.num_attention_heads
     width = config.hidden_size

@@ -15,7 +15,6 @@ from ...store import ExtraArray, KVGeometry, Manifest, ModelIdentity, Split, def
 from ...store.dtypes import dtype_of
 from ..parts import BYTES_PER_TOKEN, draw_calibration
 from ..parts import samples_per_part as parts_of
-from ..places import read_record
 from ..run import Run
 from ..transform import inherited_extras
 from .sizes import StoreSize, store_size
@@ -77,7 +76,7 @@ class Counts:
         from ...train.student import student_tokenizer
 
         settings = self.run.recipe.student
-        if read_record(self.run.student_dir).get("key") == self.run.student_key:
+        if self.run.has_student:
             tokenizer = load_tokenizer(self.run.student_source)
         else:
             tokenizer = student_tokenizer(settings, self.student_texts())

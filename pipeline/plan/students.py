@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from ...hub import find_model, load_config, load_tokenizer, meta_model
+from ...hub import count_parameters, load_config
 from ...store.dtypes import dtype_of
 from ...train.settings import ByteLevelBPE
-from ..places import read_record
 from ..run import Run
 
 _STATES: Final = 3
@@ -36,7 +34,7 @@ def planned_students(run: Run) -> list[PlannedWeights]:
     """
     settings, train, compare = run.recipe.student, run.recipe.train, run.recipe.compare
     itemsize = dtype_of(settings.dtype).itemsize
-    weights = itemsize * sum(prod(p.shape) for p in meta_model(_config(run)).parameters())
+    weights = itemsize * count_parameters(_config(run))
     found = [PlannedWeights("student", run.student_dir, weights), PlannedWeights("train", run.trained_dir(), weights)]
     if compare is not None:
         count = len(compare.arms) * len(compare.seeds)
@@ -50,19 +48,16 @@ def planned_students(run: Run) -> list[PlannedWeights]:
 
 def _config(run: Run) -> Any:
     """The student's, with as many tokens as its tokenizer will have; at most, where that is trained on the corpus."""
-    from ...train.student import student_config
+    from ...train.student import model_source, student_config, student_tokenizer
 
     settings = run.recipe.student
-    if read_record(run.student_dir).get("key") == run.student_key:
+    if run.has_student:
         return load_config(run.student_source)
     if settings.model is not None:
-        return load_config(
-            find_model(settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
-        )
+        return load_config(model_source(settings))
     config = student_config(settings, None)
     if isinstance(settings.tokenizer, ByteLevelBPE):
         config.vocab_size = settings.tokenizer.vocab_size
     else:
-        source = find_model(str(settings.tokenizer), trust_remote_code=settings.trust_remote_code)
-        config.vocab_size = len(load_tokenizer(source))
+        config.vocab_size = len(student_tokenizer(settings, ()))
     return config

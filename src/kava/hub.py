@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -224,6 +225,11 @@ def meta_model(config: Any) -> Any:
     with torch.device("meta"):
         # Of the ways to compute experts, the one whose shapes do not depend on numbers.
         return AutoModelForCausalLM.from_config(_unquantized(deepcopy(config)), experts_implementation="batched_mm")
+
+
+def count_parameters(config: Any) -> int:
+    """Numbers in the weights of a config's model."""
+    return sum(prod(p.shape) for p in meta_model(config).parameters())
 
 
 def model_identity(source: ModelSource, *, compute_dtype: str) -> ModelIdentity:
