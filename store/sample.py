@@ -67,6 +67,11 @@ class KVSample:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the text that its tokens stand for."""
+        return int((self.spans[:, 1] - self.spans[:, 0]).sum())
+
 
 @dataclass(frozen=True)
 class KVBatch:

@@ -6,10 +6,10 @@ with a KV loss, `h` KV heads, `d` head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from torch.utils.data import Dataset
 from ..errors import KavaError
 from ..store import LOGITS, SEGMENTS, KVGeometry, KVSample, KVStore, Manifest, Split
 from ..store.dtypes import dtype_of
+
+S = TypeVar("S")
 
 IGNORED: Final = -100
 """Label of tokens that are not predicted."""
@@ -164,7 +166,7 @@ class TargetCollator:
         ids, labels = np.full(size, self.pad_token_id, np.int64), np.full(size, IGNORED, np.int64)
         segments, mask = np.zeros(size, np.uint8), np.zeros(size, np.bool_)
         positions, numbers = np.zeros(size, np.int64), np.full(size, -1, np.int64)
-        for row, start, number, sample in _places(rows):
+        for row, start, number, sample in places(rows, len):
             here = (row, slice(start, start + len(sample)))
             ids[here], segments[here], mask[here] = sample.input_ids, sample.segments, sample.mask
             labels[here] = np.where(self._predicted(sample), sample.input_ids, IGNORED)
@@ -178,13 +180,13 @@ class TargetCollator:
             "kv_mask": torch.from_numpy(mask),
             "sample_ids": [sample.sample_id for row in rows for sample in row],
             "num_tokens": int((numbers >= 0).sum()),
-            "text_bytes": sum(int((s.spans[:, 1] - s.spans[:, 0]).sum()) for row in rows for s in row),
+            "text_bytes": sum(sample.text_bytes for row in rows for sample in row),
             **tensors,
         }
         first = rows[0][0].extras
         for name in LOGITS if LOGITS[0] in first else ():
             array = np.full((*size, *first[name].shape[1:]), -1, first[name].dtype)
-            for row, start, _, sample in _places(rows):
+            for row, start, _, sample in places(rows, len):
                 array[row, start : start + len(sample)] = sample.extras[name]
             out[name] = torch.from_numpy(array)
         if all(len(row) == 1 for row in rows):
@@ -203,11 +205,16 @@ class TargetCollator:
         return wanted
 
 
-def _places(rows: Sequence[Sequence[KVSample]]) -> Iterable[tuple[int, int, int, KVSample]]:
-    """Row, first token there, and number of every sample of a batch."""
+def places(rows: Sequence[Sequence[S]], tokens: Callable[[S], int]) -> Iterable[tuple[int, int, int, S]]:
+    """Row, first token there, and number of every sample of a batch.
+
+    Args:
+        rows: the samples of each row, or what stands for them.
+        tokens: how many each has.
+    """
     number = 0
     for row, samples in enumerate(rows):
         start = 0
         for sample in samples:
             yield row, start, number, sample
-            start, number = start + len(sample), number + 1
+            start, number = start + tokens(sample), number + 1

@@ -117,7 +117,7 @@ def evaluate_heldout(
             found.sample_ids.extend(batch["sample_ids"])
             found.nats.extend(nats.double().sum(1).tolist())
             found.tokens.extend((labels != IGNORED).sum(1).tolist())
-            found.text_bytes.extend(int((s.spans[:, 1] - s.spans[:, 0]).sum()) for s in samples)
+            found.text_bytes.extend(sample.text_bytes for sample in samples)
             if with_kv:
                 mask = batch["kv_mask"]
                 targeted += int(mask.sum())

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import KavaError
-from .data import TargetCollator, TargetDataset
+from .data import TargetCollator, TargetDataset, places
 from .order import Row
 
 
@@ -195,12 +195,7 @@ class _Batch:
         self._ends = [sum(dataset.lengths[item] for item in row) for row in rows]
         size = (len(rows), max(self._ends))
         self._tensors = {n: buffer.tensor(n, (*size, *dataset.shape), dataset.dtype) for n in dataset.names}
-        self._places: list[tuple[int, int, int]] = []
-        for row, items in enumerate(rows):
-            start = 0
-            for item in items:
-                self._places.append((item, row, start))
-                start += dataset.lengths[item]
+        self._places = list(places(rows, dataset.lengths.__getitem__))
         self._samples: list[Any] = [None] * len(self._places)
         self._left, self._lock = len(self._places), threading.Lock()
 
@@ -210,7 +205,7 @@ class _Batch:
     def read(self, place: int) -> None:
         """Reads one of its samples; the last one to be read completes the batch."""
         try:
-            item, row, start = self._places[place]
+            row, start, _, item = self._places[place]
             dataset = self._batches.dataset
             here = slice(start, start + dataset.lengths[item])
             self._samples[place] = dataset.read(item, {n: t[row, here] for n, t in self._tensors.items()})
