@@ -10,16 +10,14 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Final
+from typing import Any
 
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
+from ..errors import STOP_SIGNALS
 from .ranks import Ranks
 from .trackers import finish_trackers, tracker_callbacks
-
-STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""What cluster schedulers send some time before they kill, and Ctrl-C."""
 
 
 class JsonLog(TrainerCallback):  # type: ignore[misc]

@@ -6,11 +6,9 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any
 
-from ...errors import EXIT_RETRY, RetryLaterError
-
-STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from ...errors import EXIT_RETRY, STOP_SIGNALS, RetryLaterError
 
 
 class Stopped(BaseException):

@@ -25,11 +25,14 @@ what is wrong, where, and how to mend it, in one line; the command line prints i
 
 from __future__ import annotations
 
-from typing import Self
+import signal
+from typing import Final, Self
 
 EXIT_FAULT = 1
 EXIT_USER = 2
 EXIT_RETRY = 75
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""What ends a command with `EXIT_RETRY`: what cluster schedulers send some time before they kill, and Ctrl-C."""
 
 
 class KavaError(Exception):

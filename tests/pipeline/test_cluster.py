@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kava.errors import RecipeError
+from kava.errors import STOP_SIGNALS, RecipeError
 from kava.pipeline.cluster.environment import rank_from_environment
 from kava.pipeline.cluster.options import share_of
 from kava.pipeline.cluster.share import Share, format_parts, parse_parts
-from kava.pipeline.cluster.signals import STOP_SIGNALS, Stopped, stopping_on_signals
+from kava.pipeline.cluster.signals import Stopped, stopping_on_signals
 
 
 def array(index: int, count: int, first: int = 0, step: int = 1) -> dict[str, str]:

@@ -17,13 +17,13 @@ import torch
 from fixtures.models import tiny_model
 from fixtures.stores import write_store
 
-from kava.errors import RecipeError, RetryLaterError, StageError, TrainingError
+from kava.errors import STOP_SIGNALS, RecipeError, RetryLaterError, StageError, TrainingError
 from kava.hub import tokenizer_digest
 from kava.store import KVGeometry, KVStore
 from kava.tap import KVTap
 from kava.train import TrainSettings, load_student, train_student
 from kava.train.arguments import OWN_KEYS, REFUSED, training_arguments
-from kava.train.callbacks import STOP_SIGNALS, StopOnSignal
+from kava.train.callbacks import StopOnSignal
 from kava.train.diagnostics import CollapseAlarm, spread_ratio
 from kava.train.feed import Feed
 from kava.train.losses import LOSSES, KVLoss
