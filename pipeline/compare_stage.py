@@ -228,14 +228,12 @@ def _finished(run: Run) -> Iterator[Any]:
 
 def _measure(folder: Path, store: Targets, settings: TrainSettings) -> Any:
     """The student in a folder on the held-out samples, in float32 and on the accelerator if there is one."""
-    import torch
-
     from ..train.heldout import evaluate_heldout
     from ..train.student import load_student, padding
 
-    model, tokenizer = load_student(folder, dtype="float32")
+    model, tokenizer = load_student(folder, dtype="float32", device="auto")
     return evaluate_heldout(
-        model.to("cuda" if torch.cuda.is_available() else "cpu"),
+        model,
         store,
         pad_token_id=padding(tokenizer),
         ce_segments=settings.ce_segments,

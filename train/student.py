@@ -122,10 +122,10 @@ def student_config(settings: StudentSettings, tokenizer: Any | None) -> Any:
     return config
 
 
-def load_student(folder: Path, *, dtype: str = "auto") -> tuple[Any, Any]:
-    """The model and tokenizer in a folder."""
+def load_student(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
+    """The model and tokenizer in a folder; see `load_model`."""
     source = find_model(str(folder.resolve()))
-    return load_model(source, dtype=dtype, device="cpu"), load_tokenizer(source)
+    return load_model(source, dtype=dtype, device=device), load_tokenizer(source)
 
 
 def padding(tokenizer: Any) -> int:
