@@ -96,11 +96,11 @@ def _sample(index: int, geometry: KVGeometry, vocabulary: int) -> KVSample:
     )
 
 
-def run_live() -> None:
-    """From here on, batches get a teacher's keys and values instead of those of the store."""
+def run_live() -> list[int]:
+    """From here on, batches get a teacher's keys and values instead of those of the store; gives the steps that did."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from kava.train import feed, trainer
+    from kava.train import feed, training
 
     values = {name: value for name, value in TEACHER.items() if name != "model_type"}
     config = AutoConfig.for_model("llama", **values, vocab_size=VOCABULARY)
@@ -108,6 +108,8 @@ def run_live() -> None:
     layers, width = int(STUDENT["num_hidden_layers"]), 4 * 32
     chosen = [round(n * (len(decoder(teacher).layers) - 1) / (layers - 1)) for n in range(layers)]
     maps = {side: torch.randn(layers, 2 * 64, width) / width**0.5 for side in ("keys", "values")}
+
+    taught: list[int] = []
 
     class LiveFeed(feed.Feed):
         """Reads tokens alone."""
@@ -119,6 +121,7 @@ def run_live() -> None:
 
         def step(self, step: int, count: int) -> list[dict[str, Any]]:
             batches = super().step(step, count)
+            taught.append(step)
             for batch in batches:
                 with torch.no_grad(), KVTap(teacher, layers=sorted(set(chosen))) as tap:
                     decoder(teacher)(
@@ -129,7 +132,8 @@ def run_live() -> None:
                         batch[side] = torch.stack(moved, dim=2).view(*batch["input_ids"].shape, layers, 4, 32)
             return batches
 
-    vars(trainer)["Feed"] = LiveFeed
+    vars(training)["Feed"] = LiveFeed
+    return taught
 
 
 def train(arm: str, root: Path, steps: int, turn: int, parent: Connection) -> None:
@@ -139,8 +143,7 @@ def train(arm: str, root: Path, steps: int, turn: int, parent: Connection) -> No
     the share of the steps' time that went by waiting for data.
     """
     torch.set_num_threads(1)
-    if arm == "live":
-        run_live()
+    taught = run_live() if arm == "live" else None
     begun = [0.0, 0.0]
 
     def on_step(step: int, total: int) -> None:
@@ -162,6 +165,8 @@ def train(arm: str, root: Path, steps: int, turn: int, parent: Connection) -> No
         TrainSettings.model_validate(settings),
         on_step=on_step,
     )
+    if taught is not None and len(taught) != WARM + steps:
+        raise RuntimeError(f"the teacher ran in {len(taught)} of {WARM + steps} steps")
     lines = [json.loads(line) for line in (root / arm / "metrics.jsonl").read_text().splitlines()]
     waits = [line["data_wait_share"] for line in lines if line["step"] > WARM and "data_wait_share" in line]
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
