@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measure import forget
 
 from kava.hub import find_model, load_tokenizer, tokenizer_digest
 from kava.store import (
@@ -117,19 +118,15 @@ def write(path: Path, geometry: KVGeometry, gigabytes: float, codec: str, digest
 @contextmanager
 def uncached(path: Path) -> Iterator[None]:
     """While it is open, the kernel keeps little of the files below `path`."""
-    files, stop = [p for p in path.rglob("*") if p.is_file()], threading.Event()
+    stop = threading.Event()
 
     def drop() -> None:
-        while not stop.wait(0.1):
-            for file in files:
-                descriptor = os.open(file, os.O_RDONLY)
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-                os.close(descriptor)
+        while True:
+            forget(path)
+            if stop.wait(0.1):
+                return
 
-    for file in files:
-        descriptor = os.open(file, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
+    forget(path)
     thread = threading.Thread(target=drop)
     thread.start()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -123,6 +124,14 @@ def under_codec(exact: KVStore, codec: str) -> KVStore:
     store = KVStore.create(exact.path.parent / codec, transcoded_manifest(exact.manifest, codec, exact.manifest.dtype))
     Transcoding(str(exact.path), str(store.path))(0)
     return store
+
+
+def forget(path: Path) -> None:
+    """Has the kernel drop a file, or all below a folder, from its cache."""
+    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 def fastest(work: Callable[[], object], rounds: int = 3, clock: Callable[[], float] = time.process_time) -> float:

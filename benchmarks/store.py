@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 import zarr
-from measure import MODEL, captured, fastest, peak, under_codec
+from measure import MODEL, captured, fastest, forget, peak, under_codec
 from numcodecs import blosc
 
 from kava.pipeline.parts import BYTES_PER_TOKEN, PART_BYTES
@@ -213,12 +213,6 @@ def threads(stores: dict[str, KVStore], raw: int, rounds: int, aims: Aims) -> No
 
 def cold(stores: dict[str, KVStore], raw: int, root: Path, rounds: int, aims: Aims) -> None:
     """Reads at random of files that no memory holds, against the disk."""
-
-    def forget(folder: Path) -> None:
-        for path in [folder] if folder.is_file() else [p for p in folder.rglob("*") if p.is_file()]:
-            file = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(file)
 
     def direct() -> None:
         file = os.open(root / "raw.bin", os.O_RDONLY | os.O_DIRECT)
