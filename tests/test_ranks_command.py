@@ -17,6 +17,7 @@ from fixtures.stores import flip, manifest, tree, write_store
 from fixtures.together import together
 
 from kava.store import KVStore, Lock, locked
+from kava.store.fingerprint import file_stamp
 
 # Everything that is split: text that a teacher writes, both ways of resampling, slots, two teachers' targets as one.
 CHANGES: dict[str, Any] = {
@@ -101,9 +102,9 @@ def test_stage_by_stage_each_rank_makes_its_own(tmp_path: Path, tiny_models: dic
         assert made.missing_parts() == []
     assert "training is not split" in kava("run", recipe, "--parts", "0", code=2)
     # Again, but only some: the others keep their files.
-    files = {part: (store / f"parts/{part:05d}/zarr.json").stat().st_ino for part in range(8)}
+    files = {part: file_stamp(store / f"parts/{part:05d}/zarr.json") for part in range(8)}
     kava("extract", recipe, "--force", "--parts", "2-3")
-    changed = {part for part in range(8) if (store / f"parts/{part:05d}/zarr.json").stat().st_ino != files[part]}
+    changed = {part for part in range(8) if file_stamp(store / f"parts/{part:05d}/zarr.json") != files[part]}
     assert changed == {2, 3}
     assert "up to date" in kava("project", recipe)
     assert "there is no part 99" in kava("extract", recipe, "--parts", "99", code=2)

@@ -18,6 +18,7 @@ from kava.pipeline.cluster import Share
 from kava.pipeline.repair import repair_stage
 from kava.pipeline.run import Run
 from kava.store import KVStore, Lock
+from kava.store.fingerprint import file_stamp
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +51,8 @@ STORES = {
 }
 
 
-def _stamps(root: Path) -> dict[str, int]:
-    return {p.relative_to(root).as_posix(): p.stat().st_ino for p in root.rglob("*") if p.is_file()}
+def _stamps(root: Path) -> dict[str, tuple[int, ...]]:
+    return {p.relative_to(root).as_posix(): file_stamp(p) for p in root.rglob("*") if p.is_file()}
 
 
 def _truncate(part: Path) -> None:
@@ -105,7 +106,7 @@ def test_one_damaged_part_is_made_again_and_nothing_else(done: Path, recipe: Pat
     assert "made part 1 again" in printed
     assert f"{label}: " in printed
     assert {n: data for n, data in tree(run).items() if "/elsewhere/" not in n} == tree(done.parent / "run")
-    changed = {name for name, inode in _stamps(run).items() if before.get(name) != inode}
+    changed = {name for name, stamp in _stamps(run).items() if before.get(name) != stamp}
     assert changed
     assert all(name.startswith(f"{STORES[label]}/parts/00001/") for name in changed)
     assert not list(run.rglob(".aside-*"))
@@ -211,6 +212,6 @@ def test_failed_samples_on_request(tmp_path: Path, tiny_models: dict[str, Path])
     assert "failed samples are left" in printed
     assert _stamps(tmp_path / "run") == stamps
     assert "made part 1 again" in kava("repair", recipe, "--failed")
-    changed = {name for name, inode in _stamps(tmp_path / "run").items() if stamps.get(name) != inode}
+    changed = {name for name, stamp in _stamps(tmp_path / "run").items() if stamps.get(name) != stamp}
     assert {name.split("/parts/")[0] for name in changed} == {"reference.zarr", "teachers/big.zarr"}
     assert tree(tmp_path / "run") == before

@@ -18,6 +18,8 @@ from fixtures.command import kava, write_recipe
 from fixtures.documents import ROOT
 from fixtures.stores import tree
 
+from kava.store.fingerprint import file_stamp
+
 STORES = ("teachers/big.zarr", "targets/big.zarr")
 SNAKEMAKE = [
     *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "workflows/Snakefile")),
@@ -59,8 +61,8 @@ def test_four_jobs_at_once_and_a_stage_again(tmp_path: Path, tiny_models: dict[s
     assert before == {name: tree(one / name) for name in STORES}
     assert "Nothing to be done" in snakemake(tmp_path)
 
-    def written(name: str) -> list[int]:
-        return [path.stat().st_ino for path in sorted((tmp_path / "run" / name / "parts").glob("0*"))]
+    def written(name: str) -> list[tuple[int, ...]]:
+        return [file_stamp(path) for path in sorted((tmp_path / "run" / name / "parts").glob("0*"))]
 
     made, weights = {name: written(name) for name in STORES}, tmp_path / "run/students/kv/model.safetensors"
     trained = weights.stat().st_mtime_ns
