@@ -164,10 +164,10 @@ def file_table(folder: Path, known: Mapping[Path, tuple[int, int]]) -> dict[str,
 
 def file_crc32c(path: Path) -> int:
     """CRC-32C of a file's bytes, read in blocks."""
-    import google_crc32c
+    from awscrt import checksums
 
-    checksum = google_crc32c.Checksum()
+    checksum = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):
-            checksum.update(block)
-    return int.from_bytes(checksum.digest(), "big")
+            checksum = checksums.crc32c(block, checksum)
+    return int(checksum)
