@@ -6,8 +6,8 @@ import random
 from collections.abc import Sequence
 from typing import Final
 
-PART_BYTES: Final = 2 << 30
-"""Raw bytes of keys and values in one part, at most, as far as the text's length tells: some twenty files per GB."""
+PART_BYTES: Final = 9 << 28
+"""Raw bytes of keys and values in one part, at most, as far as the text's length tells; some twenty files per GB."""
 MIN_PARTS: Final = 8
 """A small corpus is still cut into this many parts, so that it can be shared out and resumed."""
 CALIBRATION_PARTS: Final = 8

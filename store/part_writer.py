@@ -11,30 +11,27 @@ import socket
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
 from ..errors import PartExistsError, StoreError
 from .codec import Chunk
-from .dtypes import DType, dtype_of
 from .extras import checked_extras
 from .files import disk_errors, file_table, fsync, fsync_tree, remove, write_protect
 from .fingerprint import digest_json
 from .lock import Lock, at_work
 from .manifest import Manifest
 from .part import KV, ROW_ARRAYS, paged_arrays, part_name
-from .quantize import LOSSY
+from .prepare import Prepared, prepare
 from .sample import KVSample, Split
 from .scratch import scratch
-from .shard import PageWriter
+from .shard import PagedArray, PageWriter
 from .table import read_header
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
 
 _T = TypeVar("_T")
 _AHEAD: Final = 16
@@ -55,9 +52,11 @@ class PartWriter:
         """
         self.root, self.manifest, self.index, self._pool = root, manifest, index, pool
         self.samples = manifest.part_samples(index)
-        self._dtype, self._quantizer = dtype_of(manifest.dtype), LOSSY.get(manifest.codec)
+        self._flusher, self._flushes = ThreadPoolExecutor(2, "kava-fsync"), []  # type: ignore[var-annotated]
         self._folder = root / "parts" / f".tmp-{part_name(index)}-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._pages = {name: PageWriter(array) for name, array in paged_arrays(manifest, self._folder).items()}
+        self._pages = {
+            name: PageWriter(array, self._flush) for name, array in paged_arrays(manifest, self._folder).items()
+        }
         self._rows: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in ROW_ARRAYS}
         self._start = np.zeros(len(self.samples), np.int64)
         self._length = np.full(len(self.samples), -1, np.int32)
@@ -83,7 +82,21 @@ class PartWriter:
     def __exit__(self, *exception: object) -> None:
         self.abort()
 
-    def append(self, position: int, sample: KVSample, *, coverage: np.ndarray[Any, Any] | None = None) -> None:
+    def prepare(self, sample: KVSample) -> dict[str, Future[Prepared]]:
+        """Begins what comes before the first byte of a sample is written, on the pool's threads if there are some.
+
+        For `append`, which may be busy with another sample meanwhile. What is wrong with the sample is raised there.
+        """
+        return {name: self._submit(prepare, self.manifest, name, sample) for name in KV if len(sample)}
+
+    def append(
+        self,
+        position: int,
+        sample: KVSample,
+        *,
+        coverage: np.ndarray[Any, Any] | None = None,
+        prepared: Mapping[str, Future[Prepared]] | None = None,
+    ) -> None:
         """Writes a sample at `position` of this part.
 
         A sample with a non-finite key or value, or without tokens, is not written but recorded as failed.
@@ -93,56 +106,36 @@ class PartWriter:
             sample: what to write.
             coverage: where time was resampled, `[segments, 3]`: text tokens, those with a target, those that end where
                 a token of the parent ends.
+            prepared: what `prepare` gave for this sample, if it was called before.
 
         Raises:
             StoreError: if shapes or extra arrays differ from the manifest, or the position is foreign or taken.
         """
         at_work()
         self._claim(position, sample.sample_id, sample.split)
-        tokens = len(sample)
+        tokens, page = len(sample), self.manifest.page_tokens
         if not tokens:
             self._record(position, "no tokens")
             return
-        expected = (tokens, *self.manifest.geometry.shape)
-        arrays: dict[str, np.ndarray[Any, Any]] = {}
-        for name in KV:
-            tensor = getattr(sample, name)
-            if tensor is None or tuple(tensor.shape) != expected:
-                shape = None if tensor is None else tuple(tensor.shape)
-                raise StoreError(f"sample {sample.sample_id!r}: {name} have shape {shape}, the store holds {expected}")
-            arrays[name] = self._dtype.to_numpy(tensor)
         extras = checked_extras(sample, self.manifest.extras)
-        sums = self._sums_of(arrays, sample.mask)
-        for name in KV:
-            if bad := _not_finite(sums[name]):
-                self._record(position, f"non-finite {name} in layers {bad}")
-                return
-        page = self.manifest.page_tokens
-        if self._quantizer is not None:
-            held: dict[str, np.ndarray[Any, Any]] = {}
-            lossy = self._quantizer
-            encoded = self._map(lambda name: lossy.encode(name, arrays[name], page, self._dtype), KV)
-            for name, stored in zip(KV, encoded, strict=True):
-                held[name] = lossy.decode(name, stored, tokens, page, self._dtype)
-                del arrays[name]
-                arrays |= stored
-            sums = self._sums_of(held, sample.mask)
-            for name in KV:
-                if bad := _not_finite(sums[name]):
-                    self._record(position, f"{self.manifest.codec} cannot hold the {name} in layers {bad}")
-                    return
+        found = {name: ready.result() for name, ready in (prepared or self.prepare(sample)).items()}
+        if reason := next((ready.reason for ready in found.values() if ready.reason), ""):
+            self._record(position, reason)
+            return
+        arrays = {name: array for ready in found.values() for name, array in ready.arrays.items()}
         with disk_errors(self.root):
             self._start[position] = self._num_pages * page
             for writer, chunk in self._encoded(arrays | {n: a for n, a in extras.items() if n in self._pages}):
                 writer.write(chunk)
         for name, dtype in ROW_ARRAYS.items():
-            self._rows[name].append(_padded(getattr(sample, name).astype(dtype), -(-tokens // page) * page))
+            rows = getattr(sample, name).astype(dtype)
+            self._rows[name].append(np.concatenate([rows, np.zeros((-tokens % page, *rows.shape[1:]), dtype)]))
         for name, array in self._per_sample.items():
             array[position] = extras[name]
         self._length[position] = tokens
         self._tokens += int(sample.mask.sum())
         for name in KV:
-            self._sums[name] += sums[name][:2]
+            self._sums[name] += found[name].sums[:2]
         if coverage is not None:
             self._coverage = coverage + (0 if self._coverage is None else self._coverage)
 
@@ -194,6 +187,8 @@ class PartWriter:
             header = {"zarr_format": 3, "node_type": "group", "attributes": {"kava_part": attributes}}
             (self._folder / "zarr.json").write_text(json.dumps(header, indent=1))
             write_protect(self._folder)
+            for flush in self._flushes:
+                flush.result()
             fsync_tree(self._folder)
             try:
                 self._folder.rename(final)
@@ -211,6 +206,7 @@ class PartWriter:
 
     def abort(self) -> None:
         """Removes what was not committed."""
+        self._flusher.shutdown(wait=False, cancel_futures=True)
         for writer in self._pages.values():
             writer.abort()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -239,27 +235,36 @@ class PartWriter:
         """Pages written so far: the same number of every array."""
         return next(iter(self._pages.values())).num_pages
 
-    def _map(self, work: Callable[[str], _T], names: Iterable[str]) -> list[_T]:
-        return list(map(work, names) if self._pool is None else self._pool.map(work, names))
+    def _submit(self, work: Callable[..., _T], *words: Any) -> Future[_T]:
+        """On the pool, or at once where there is none."""
+        if self._pool is not None:
+            return self._pool.submit(work, *words)
+        done: Future[_T] = Future()
+        try:
+            done.set_result(work(*words))
+        except Exception as error:
+            done.set_exception(error)
+        return done
 
-    def _sums_of(
-        self, arrays: Mapping[str, np.ndarray[Any, Any]], mask: np.ndarray[Any, Any]
-    ) -> dict[str, np.ndarray[Any, Any]]:
-        found = self._map(lambda name: _layer_sums(self._dtype, arrays[name], mask, self.manifest.page_tokens), KV)
-        return dict(zip(KV, found, strict=True))
+    def _flush(self, shard: Path) -> None:
+        """Sends a shard that is whole on its way to the disk, while others are written."""
+        self._flushes.append(self._flusher.submit(fsync, shard))
 
     def _encoded(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Iterator[tuple[PageWriter, Chunk]]:
-        """The pages of these arrays, encoded, in order; on a pool no more than a few at once."""
+        """The pages of these arrays, encoded, in order; on a pool no more than a few at once.
+
+        One that is stored as it is may share its memory with the next.
+        """
         waiting: deque[tuple[PageWriter, Future[Chunk]]] = deque()
         for name, writer in self._pages.items():
-            rows, step, encode = arrays[name], writer.array.page_shape[0], writer.array.codec.encode
+            rows, paged = arrays[name], writer.array
             fill = self.manifest.extras[name].fill_value if name in self.manifest.extras else 0
-            for first in range(0, len(rows), step):
-                page = _padded(rows[first : first + step], step, fill)
-                if self._pool is None:
-                    yield writer, encode(page)
+            for first in range(0, len(rows), paged.page_shape[0]):
+                page = rows[first : first + paged.page_shape[0]]
+                if self._pool is None or not paged.codec.compress:  # A checksum is found faster than a thread.
+                    yield writer, _encode(paged, page, fill)
                     continue
-                waiting.append((writer, self._pool.submit(encode, page)))
+                waiting.append((writer, self._pool.submit(_encode, paged, page, fill)))
                 if len(waiting) > _AHEAD:
                     ready, chunk = waiting.popleft()
                     yield ready, chunk.result()
@@ -273,9 +278,10 @@ class PartWriter:
     def _write_arrays(self) -> None:
         import zarr
 
+        for writer in self._pages.values():
+            writer.close()
         group = zarr.open_group(self._folder, mode="a", zarr_format=3)
         for name, writer in self._pages.items():
-            writer.close()
             paged = writer.array
             page, tail = paged.page_shape[0], paged.page_shape[1:]
             group.create_array(
@@ -335,38 +341,13 @@ def _host() -> str:
     return socket.gethostname()
 
 
-def _layer_sums(
-    dtype: DType, array: np.ndarray[Any, Any], mask: np.ndarray[Any, Any], block: int
-) -> np.ndarray[Any, Any]:
-    """`[3, l]`: sum and sum of squares over tokens with a target, and a value that is finite iff all numbers are."""
-    tokens, layers, *entry = array.shape
-    # The few hundred numbers of one token in float32, tokens in float64: as exact as needed, at a third of the time.
-    rows = np.empty((2, tokens, layers), np.float32)
-    for first in range(0, tokens, block):  # So few that they stay in the processor's cache.
-        piece = array[first : first + block]
-        numbers = scratch("numbers", piece.size * 4).view(np.float32).reshape(len(piece), layers, math.prod(entry))
-        dtype.fill_float32(numbers.reshape(piece.shape), piece)
-        with np.errstate(over="ignore", invalid="ignore"):
-            np.einsum("tlw->tl", numbers, out=rows[0, first : first + block])
-            np.einsum("tlw,tlw->tl", numbers, numbers, out=rows[1, first : first + block])
-    if not np.isfinite(rows).all():
-        wide = dtype.to_float32(array).reshape(tokens, layers, math.prod(entry)).astype(np.float64)
-        rows = np.stack([wide.sum(-1), np.square(wide).sum(-1)])
-    return np.concatenate([rows[:, mask].sum(1, dtype=np.float64), rows[:1].sum(1, dtype=np.float64)])
-
-
-def _not_finite(sums: np.ndarray[Any, Any]) -> list[int]:
-    """The layers whose numbers are not all finite."""
-    found: list[int] = np.flatnonzero(~np.isfinite(sums[2])).tolist()
-    return found
-
-
-def _padded(array: np.ndarray[Any, Any], rows: int, fill: float = 0) -> np.ndarray[Any, Any]:
-    if len(array) == rows:
-        return np.ascontiguousarray(array)
-    out = np.full((rows, *array.shape[1:]), fill, array.dtype)
-    out[: len(array)] = array
-    return out
+def _encode(array: PagedArray, rows: np.ndarray[Any, Any], fill: float) -> Chunk:
+    """A page, of which these rows are the first; until this thread's next one."""
+    if len(rows) == array.page_shape[0]:
+        return array.codec.encode(np.ascontiguousarray(rows))
+    page = scratch("padded", array.page_bytes).view(array.dtype).reshape(array.page_shape)
+    page[: len(rows)], page[len(rows) :] = rows, fill
+    return array.codec.encode(page)
 
 
 def _small_array(group: Any, name: str, data: np.ndarray[Any, Any], *axes: str) -> None:

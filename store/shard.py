@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -75,6 +75,8 @@ class PageWriter:
     """Appends pages; a full shard is closed and the next one begun."""
 
     array: PagedArray
+    on_shard: Callable[[Path], None] = lambda shard: None
+    """Called with the file of each shard that is whole."""
     num_pages: int = 0
     files: dict[Path, tuple[int, int]] = field(default_factory=dict)
     """Size and CRC-32C of the shards that are closed."""
@@ -107,6 +109,7 @@ class PageWriter:
         self._file = None
         shard = self.array.shard_path((self.num_pages - 1) // self.array.pages_per_shard)
         self.files[shard] = (self._offset + index.nbytes, index.extend(self._checksum))
+        self.on_shard(shard)
 
     def abort(self) -> None:
         """Closes the file without finishing the shard."""

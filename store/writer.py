@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -48,6 +49,7 @@ class BackgroundWriter:
     _closing: bool = False
     _error: BaseException | None = None
     _part: PartWriter | None = None
+    _unfinished: Callable[[], None] | None = None
 
     def __enter__(self) -> BackgroundWriter:
         self._pool = ThreadPoolExecutor(self.encoders, "kava-encoder") if self.encoders else None
@@ -83,7 +85,7 @@ class BackgroundWriter:
 
     def fail(self, position: int, sample_id: str, split: Split, reason: str) -> None:
         """Queues the record of a failed sample."""
-        self._put(lambda: self._current.fail(position, sample_id, split, reason))
+        self._put(lambda: self._fail(position, sample_id, split, reason))
 
     def commit(
         self,
@@ -95,6 +97,7 @@ class BackgroundWriter:
         """Queues the commit of the current part; see `PartWriter.commit`."""
 
         def job() -> None:
+            self._finish()
             with self._current as part:  # Of a part that was there already, what was written again goes.
                 part.commit(sources, written_by=written_by, coverage=coverage)
             self._part = None
@@ -103,15 +106,25 @@ class BackgroundWriter:
         self._put(job)
 
     def _append(self, position: int, sample: KVSample, coverage: np.ndarray[Any, Any] | None) -> None:
-        if self.derive is None:
-            self._current.append(position, sample, coverage=coverage)
-            return
-        try:
-            derived, coverage = self.derive(sample)
-        except SampleFailedError as error:
-            self._current.fail(position, sample.sample_id, sample.split, str(error))
-        else:
-            self._current.append(position, derived, coverage=coverage)
+        if self.derive is not None:
+            try:
+                sample, coverage = self.derive(sample)
+            except SampleFailedError as error:
+                self._fail(position, sample.sample_id, sample.split, str(error))
+                return
+        prepared = self._current.prepare(sample)
+        self._finish()  # The one before, while this one is prepared.
+        self._unfinished = partial(self._current.append, position, sample, coverage=coverage, prepared=prepared)
+
+    def _fail(self, position: int, sample_id: str, split: Split, reason: str) -> None:
+        self._finish()
+        self._current.fail(position, sample_id, split, reason)
+
+    def _finish(self) -> None:
+        """Writes the sample that was only prepared yet, if there is one."""
+        work, self._unfinished = self._unfinished, None
+        if work is not None:
+            work()
 
     @property
     def _current(self) -> PartWriter:
@@ -137,9 +150,8 @@ class BackgroundWriter:
             with self._changed:
                 while not self._jobs and not self._closing:
                     self._changed.wait()
-                if not self._jobs:
-                    return
-                job, size = self._jobs.popleft()
+                ending = not self._jobs
+                job, size = (self._finish, 0) if ending else self._jobs.popleft()
             try:
                 job()
             except BaseException as error:  # Handed to the caller's thread by _raise.
@@ -147,6 +159,8 @@ class BackgroundWriter:
                     self._error = error
                     self._jobs.clear()
                     self._changed.notify_all()
+                return
+            if ending:
                 return
             del job
             with self._changed:
