@@ -231,3 +231,20 @@ def test_weights_by_layer(tmp_path: Path) -> None:
     store, _ = write_store(tmp_path / "s.zarr", [9, 5], kind="target")
     loss = KVLoss.for_store(store, loss="mse", key_weight=1, value_weight=1, layers=[2, 0], layer_weights={0: 3.0})
     assert loss.layer_weights == (1.0, 3.0)
+
+
+def test_mse_keeps_one_float32_difference_of_what_is_compared_for_its_gradient() -> None:
+    student, target, mask = _tensors()
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point():
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = _loss("mse")(student, {name: tensor.bfloat16() for name, tensor in target.items()}, mask)["kv"]
+    differences = 2 * L * int(mask.sum()) * H * D * 4
+    assert differences <= sum(kept.values()) < 1.1 * differences
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert all(tensor.grad is not None for tensors in student.values() for tensor in tensors.values())
