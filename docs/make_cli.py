@@ -48,6 +48,7 @@ EXAMPLES = {
         "kava evaluate runs/demo/students/kv --limit 100 --max-new-tokens 200",
         "kava evaluate some/model --recipe workflows/demo.yaml --no-generate --json",
         "kava evaluate workflows/qwen2-7b-tinyllama.yaml --tasks gsm8k,arc_easy --dtype bfloat16",
+        "kava evaluate workflows/demo.yaml --tasks sums,sums_choice --include-path tasks",
     ],
     "compare": [
         "kava compare workflows/gsm8k-compare.yaml",
@@ -107,7 +108,7 @@ NOTES = {
     "needs the targets' tokenizer. Answers are greedy, from the prompt as it was trained on; the number after the\n"
     "first `####`, else the last one, is compared by value with that of the sample's answer (`1,234`, `$5.00`, `3/4`\n"
     "and negatives are read), with Wilson's 95 %. `--tasks` are lm-eval's, which finds or downloads their data by\n"
-    "itself.",
+    "itself, and [tasks of your own](../howto/tasks.md): YAML files, or names that `--include-path` has.",
     "compare": "Each arm and seed is a training in a folder of its own below `run_dir/compare`: what is finished is\n"
     "kept, what was cut off goes on, and a training whose recipe or targets changed is refused without `--force`,\n"
     "which makes the chosen ones again. `--arm` and `--seed` make one call one job of an array; a last `--no-train`\n"

@@ -88,12 +88,18 @@ def evaluate(
     generate: Annotated[
         bool, typer.Option("--generate/--no-generate", help="Let the student answer, and compare numbers.")
     ] = True,
-    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Answer at most N questions.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Answer at most N questions, and N of each task.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Of each answer.")] = 256,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Samples, or prompts, at a time.")] = 16,
     dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16.")] = "float32",
     tasks: Annotated[
-        str | None, typer.Option(metavar="TASK,...", help="Tasks of lm-eval as well (the extra eval).")
+        str | None,
+        typer.Option(metavar="TASK,...", help="Tasks of lm-eval as well (the extra eval): names, or YAML files."),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder of tasks of your own, for --tasks.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
@@ -102,6 +108,9 @@ def evaluate(
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise RecipeError(f"--dtype {dtype}: use float32, bfloat16 or float16")
+    names = [name for word in (tasks or "").split(",") if (name := word.strip())]
+    if include_path is not None and not names:
+        raise RecipeError(f"--include-path {include_path} is where tasks are looked for: say --tasks TASK too")
     student = Student.find(path, recipe, overrides or ())
     found = evaluate_student(
         student,
@@ -110,7 +119,8 @@ def evaluate(
         generate=generate,
         limit=limit,
         max_new_tokens=max_new_tokens,
-        tasks=[name for name in (tasks or "").split(",") if name],
+        tasks=names,
+        include_path=include_path,
     )
     if as_json:
         out.print_json(json.dumps(found))

@@ -18,7 +18,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from ...errors import BackendNotInstalledError, RecipeError, StageError
+from ...errors import RecipeError, StageError
 from ...extract import Encoder
 from ...hub import find_model, load_model, load_tokenizer, stop_token_ids, tokenizer_digest
 from ...progress import progress
@@ -27,6 +27,7 @@ from ...store.files import write_atomic
 from ..recipe import load_recipe
 from ..run import Run
 from ..stages import TrainStage
+from .harness import Tasks, metric_texts
 
 RESULT: Final = "evaluate.json"
 ANSWERS: Final = "answers.jsonl"
@@ -115,6 +116,7 @@ def evaluate_student(
     limit: int | None = None,
     max_new_tokens: int = 256,
     tasks: Sequence[str] = (),
+    include_path: Path | None = None,
 ) -> dict[str, Any]:
     """Everything that is measured of a student; also written to its folder, as `evaluate.json` and `answers.jsonl`.
 
@@ -123,18 +125,20 @@ def evaluate_student(
         dtype: of its weights.
         batch_size: samples, or prompts, at a time.
         generate: whether to let it answer.
-        limit: questions at most; None for all.
+        limit: questions, and samples of a task, at most; None for all.
         max_new_tokens: of an answer.
-        tasks: of lm-eval.
+        tasks: of lm-eval, by name or YAML file.
+        include_path: a folder of further tasks.
 
     Raises:
         StageError: if nothing is held out, or there is no question to answer.
+        RecipeError: if a task or its data is not there, or it cannot be run.
         BackendNotInstalledError: if tasks are asked for and lm-eval is not installed.
     """
     from ...train.heldout import evaluate_heldout
     from ...train.student import padding
 
-    harness = _harness() if tasks else None
+    harness = Tasks.load(tasks, include_path) if tasks else None
     source = find_model(str(student.folder.resolve()))
     model, tokenizer = load_model(source, dtype=dtype), load_tokenizer(source)
     samples, kv = _samples(student.run, tokenizer)
@@ -178,31 +182,9 @@ def evaluate_student(
         lines = [json.dumps(asdict(a), ensure_ascii=False) for a in match.answers]
         write_atomic(student.folder / ANSWERS, ("\n".join(lines) + "\n").encode())
     if harness is not None:
-        found["tasks"] = run_tasks(harness, student.folder, tasks, batch_size=batch_size, limit=limit, dtype=dtype)
+        found["tasks"] = harness.run(model, tokenizer, batch_size=batch_size, limit=limit)
     write_atomic(student.folder / RESULT, json.dumps(found, indent=1).encode())
     return found
-
-
-def run_tasks(
-    harness: Any, folder: Path, tasks: Sequence[str], *, batch_size: int, limit: int | None, dtype: str
-) -> dict[str, Any]:
-    """Results of lm-eval's tasks on the student in a folder, by task, as the library gives them.
-
-    Raises:
-        RecipeError: if the library knows no such task.
-    """
-    try:
-        found = harness.simple_evaluate(
-            model="hf",
-            model_args=f"pretrained={folder.resolve()},dtype={dtype}",
-            tasks=list(tasks),
-            batch_size=batch_size,
-            limit=limit,
-        )
-    except (KeyError, ValueError) as error:
-        raise RecipeError(f"--tasks {','.join(tasks)}: lm-eval refuses: {str(error).splitlines()[0]}") from error
-    results: dict[str, Any] = json.loads(json.dumps(found["results"], default=str))
-    return results
 
 
 def result_table(found: dict[str, Any]) -> Table:
@@ -222,17 +204,8 @@ def result_table(found: dict[str, Any]) -> Table:
         share = f"{match['share']:.3f}, 95 % {low:.3f} .. {high:.3f}"
         table.add_row("exact match", f"{match['right']} of {match['questions']} ({share})")
     for task, metrics in found.get("tasks", {}).items():
-        numbers = [f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)]
-        table.add_row(escape(task), escape("  ".join(numbers)))
+        table.add_row(escape(task), escape("  ".join(metric_texts(metrics))))
     return table
-
-
-def _harness() -> Any:
-    try:
-        import lm_eval
-    except ImportError as error:
-        raise BackendNotInstalledError("--tasks needs lm-eval: pip install 'kava[eval]'") from error
-    return lm_eval
 
 
 def _samples(run: Run, tokenizer: Any) -> tuple[Any, bool]:

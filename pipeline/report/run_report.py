@@ -195,6 +195,7 @@ def _statistics(page: Page, summary: dict[str, Any] | None) -> None:
 def _evaluations(page: Page, run: Run) -> None:
     """What `kava evaluate` has measured of the run's students."""
     from ..commands.evaluate import RESULT
+    from ..commands.harness import metric_texts
 
     page.section("Evaluated students")
     rows = []
@@ -203,12 +204,7 @@ def _evaluations(page: Page, run: Run) -> None:
             found = json.loads(path.read_text())
         except (OSError, ValueError):
             continue
-        tasks = [
-            f"{task} {name} {value:.4f}"
-            for task, metrics in found.get("tasks", {}).items()
-            for name, value in metrics.items()
-            if isinstance(value, float)
-        ]
+        tasks = [f"{task} {text}" for task, metrics in found.get("tasks", {}).items() for text in metric_texts(metrics)]
         label = f"{path.parent.parent.name}/{path.parent.name}, {found['dtype']}"
         rows.append([label, f"{found['ce']:.4f}", f"{found['ce_per_byte']:.4f}", _match(found), "; ".join(tasks)])
     if not rows:
