@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shutil
-import socket
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +22,7 @@ from .extras import checked_extras
 from .files import disk_errors, file_table, fsync, fsync_tree, remove, write_protect
 from .fingerprint import digest_json
 from .lock import Lock, at_work
+from .maker import is_gone, mark
 from .manifest import Manifest
 from .part import KV, ROW_ARRAYS, paged_arrays, part_name
 from .prepare import Prepared, prepare
@@ -53,7 +51,7 @@ class PartWriter:
         self.root, self.manifest, self.index, self._pool = root, manifest, index, pool
         self.samples = manifest.part_samples(index)
         self._flusher, self._flushes = ThreadPoolExecutor(2, "kava-fsync"), []  # type: ignore[var-annotated]
-        self._folder = root / "parts" / f".tmp-{part_name(index)}-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._folder = root / "parts" / f".tmp-{part_name(index)}-{mark()}"
         self._pages = {
             name: PageWriter(array, self._flush) for name, array in paged_arrays(manifest, self._folder).items()
         }
@@ -308,9 +306,8 @@ class PartWriter:
 
 def remove_leftovers(root: Path) -> None:
     """Removes hidden folders of writers of this host that are no longer alive, and claims that nobody holds."""
-    for folder in (root / "parts").glob(".tmp-*"):
-        made = re.fullmatch(r"\.tmp-\d+-(.+)-(\d+)-[0-9a-f]+", folder.name)
-        if made and made[1] == _host() and not _alive(int(made[2])):
+    for folder in (root / "parts").glob(".tmp-*-*"):
+        if is_gone(folder.name.split("-", 2)[2]):
             shutil.rmtree(folder, ignore_errors=True)
     for claim in (root / "parts").glob(".claim-*"):
         if (lock := Lock.take(claim)) is not None:
@@ -325,20 +322,6 @@ def _digest_of(part: Path) -> str | None:
         return str(read_header(part / "zarr.json")["kava_part"]["digest"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _host() -> str:
-    return socket.gethostname()
 
 
 def _encode(array: PagedArray, rows: np.ndarray[Any, Any], fill: float) -> Chunk:

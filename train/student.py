@@ -6,7 +6,6 @@ import errno
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Final
 from ..errors import RecipeError
 from ..hub import ModelSource, find_model, load_model, load_tokenizer
 from ..store.files import disk_errors
+from ..store.maker import is_gone, mark
 from ..tap import attention_layout, probe_geometry
 from .settings import ByteLevelBPE, StudentSettings
 
@@ -53,8 +53,11 @@ def make_student(settings: StudentSettings, folder: Path, texts: Iterable[str]) 
     geometry = probe_geometry(model)
     if settings.geometry is not None and settings.geometry != geometry:
         raise RecipeError(f"student.geometry: the recipe states {settings.geometry}, the model has {geometry}")
+    for left in folder.parent.glob(".tmp-*"):
+        if is_gone(left.name.removeprefix(f".tmp-{folder.name}-")):
+            shutil.rmtree(left, ignore_errors=True)
     # Another process may be at the same, where a file system knows no locks.
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
+    temporary = folder.with_name(f".tmp-{folder.name}-{mark()}")
     with saving(folder):
         try:
             temporary.mkdir(parents=True)

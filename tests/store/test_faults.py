@@ -263,8 +263,8 @@ def test_two_writers_at_once_make_every_part_once(tmp_path: Path) -> None:
 def test_a_dead_writer_holds_nothing_and_a_living_one_keeps_its_work(store: KVStore) -> None:
     store.drop_part(0)
     parts = store.path / "parts"
-    dead = parts / f".tmp-00000-{os.uname().nodename}-{2**22 - 1}-abcd1234"
-    elsewhere = parts / ".tmp-00000-other-host-4242-abcd1234"
+    dead = parts / f".tmp-00000-{os.uname().nodename}-{2**22 - 1}-77-abcd1234"
+    elsewhere = parts / ".tmp-00000-other-host-4242-77-abcd1234"
     odd = parts / ".tmp-nonsense"
     for folder in (dead, elsewhere, odd, parts / ".drop-00001"):
         folder.mkdir()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from kava.store.maker import mark
 from kava.train import StudentSettings, load_student, make_student
 from kava.train.student import padding
 
@@ -29,6 +30,10 @@ SETTINGS = StudentSettings.model_validate(
 def test_two_processes_that_make_one_student_do_not_meet(tmp_path: Path) -> None:
     """The other is at it, in a folder of its own, and is done before this one."""
     folder, other = tmp_path / "student", tmp_path / ".student.tmp"
+    host, _, birth, word = mark().rsplit("-", 3)
+    dead, away = (tmp_path / f".tmp-student-{name}-{2**22 - 1}-{birth}-{word}" for name in (host, "another-host"))
+    for left in (dead, away):
+        left.mkdir()
     other.mkdir()
     (other / "config.json").write_text("half of")
 
@@ -41,7 +46,7 @@ def test_two_processes_that_make_one_student_do_not_meet(tmp_path: Path) -> None
     assert (folder / "first").exists()
     assert load_student(folder)[0].config.hidden_size == 16
     assert (other / "config.json").read_text() == "half of"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".student.tmp", "student"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".student.tmp", away.name, "student"]
 
 
 @pytest.mark.parametrize(("pad", "end", "found"), [(3, 2, 3), (0, 2, 0), (None, 2, 2), (None, None, 0)])
