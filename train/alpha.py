@@ -7,7 +7,7 @@ it. `gradient_norms` measures what counts, and `AutoAlpha` turns the measure int
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,33 +28,39 @@ def schedule_factor(schedule: AlphaSchedule, step: int, max_steps: int) -> float
     return 1.0
 
 
-def gradient_norms(
-    ce: torch.Tensor, kv: torch.Tensor, parameters: Sequence[torch.nn.Parameter]
-) -> tuple[torch.Tensor, torch.Tensor]:
+Gradients = Callable[[torch.Tensor], Sequence[torch.Tensor | None]]
+"""The gradient of a scalar with regard to each of some parameters, None where there is none; the graph stays."""
+
+
+def gradients_of(parameters: Sequence[torch.nn.Parameter]) -> Gradients:
+    """With regard to these parameters, of which frozen ones are skipped; gradients that are there already stay."""
+    trainable = [p for p in parameters if p.requires_grad]
+    return lambda term: torch.autograd.grad(term, trainable, retain_graph=True, allow_unused=True)
+
+
+def gradient_norms(ce: torch.Tensor, kv: torch.Tensor, gradients: Gradients) -> tuple[torch.Tensor, torch.Tensor]:
     """Euclidean norms of the gradients of both terms, over the trainable parameters that both of them reach.
 
     The language-model head and layers behind the last tapped one have a gradient from the cross-entropy alone and are
-    left out. Two backward passes; the graph, and gradients that are there already, stay as they are.
+    left out. Two backward passes.
 
     Args:
         ce: the mean cross-entropy of a batch, a scalar.
         kv: the unweighted KV loss of the same batch, a scalar.
-        parameters: of the student; frozen ones are skipped.
+        gradients: of the student's parameters.
 
     Returns:
         The norms for `ce` and `kv`, float64 scalars.
     """
-    trainable = [p for p in parameters if p.requires_grad]
     of_ce, of_kv = torch.zeros(2, dtype=torch.float64, device=ce.device)
-    for one, two in zip(_squares(ce, trainable), _squares(kv, trainable), strict=True):
+    for one, two in zip(_squares(gradients(ce)), _squares(gradients(kv)), strict=True):
         if one is not None and two is not None:
             of_ce, of_kv = of_ce + one, of_kv + two
     return of_ce.sqrt(), of_kv.sqrt()
 
 
-def _squares(term: torch.Tensor, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor | None]:
+def _squares(gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
     """The squared norm of each gradient; None where there is none."""
-    gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
     return [
         None if g is None else torch.linalg.vector_norm(g.detach(), dtype=torch.float32).double().square()
         for g in gradients

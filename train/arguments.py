@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,18 +14,16 @@ from transformers import TrainingArguments
 
 from ..errors import RecipeError
 from ..store.files import disk_errors, remove
+from .ranks import num_processes
 from .settings import TrainSettings
+from .shard import SHARDING
 from .trackers import PROJECT
 
-_SHARDED: Final = (
-    "sharded models are not trained here: accelerate shards on GPUs only, where it was never run, and gradients of "
-    "single terms, which alpha: auto and the search for what is not finite ask for, do not reach shards; torchrun "
-    "trains a copy on each device (DDP)"
-)
+_FSDP: Final = "set train.fsdp, which shards the student among the processes of torchrun"
 REFUSED: Final = {
-    "fsdp": _SHARDED,
-    "fsdp_config": _SHARDED,
-    "deepspeed": _SHARDED,
+    "fsdp": _FSDP,
+    "fsdp_config": _FSDP,
+    "deepspeed": f"DeepSpeed is not supported; {_FSDP}",
     "train_sampling_strategy": "the order of samples is kava's own: train.group_by_length, train.pack_tokens",
     "dataloader_drop_last": "no sample is dropped: the tail of an epoch is the head of the next batch",
     "ignore_data_skip": "a training that goes on reads what would have followed",
@@ -99,6 +98,8 @@ def training_arguments(settings: TrainSettings, out: Path, *, has_heldout: bool)
         **({} if torch.accelerator.is_available() else {"use_cpu": True}),
         "disable_tqdm": True,
         "remove_unused_columns": False,
+        # A single process has nothing to share.
+        **(deepcopy(SHARDING) if settings.fsdp and num_processes() > 1 else {}),
         **settings.arguments,
     }
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
@@ -108,8 +109,12 @@ def training_arguments(settings: TrainSettings, out: Path, *, has_heldout: bool)
         raise RecipeError(
             "train.arguments.save_strategy: best: a training goes on at its last checkpoint; set save_steps"
         )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise RecipeError(f"train: accelerate was told to shard the model: {REFUSED['fsdp']}")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not settings.fsdp:
+        raise RecipeError(f"train: accelerate was told to shard the model (ACCELERATE_USE_FSDP): {_FSDP}")
+    if settings.fsdp:
+        for name in ("fp16", "torch_compile", "accelerator_config"):
+            if settings.arguments.get(name):
+                raise RecipeError(f"train.arguments.{name}: not together with train.fsdp; leave out one of both")
     checkpointing = dict(values.get("gradient_checkpointing_kwargs") or {})
     if checkpointing.setdefault("use_reentrant", False):
         raise RecipeError(

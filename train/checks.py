@@ -61,3 +61,16 @@ def check_packing(model: Any) -> None:
         raise StageError(
             f"train.pack_tokens: attention {found!r} is not known to keep packed samples apart; leave it out"
         )
+
+
+def check_sharding(model: Any, *, bf16: bool) -> None:
+    """Refuses weights of low precision that autocast is to train in shards: accelerate would make them float32.
+
+    Raises:
+        StageError: if they are.
+    """
+    if bf16 and (found := next((p.dtype for p in model.parameters() if p.dtype.itemsize < 4), None)):
+        raise StageError(
+            f"train.fsdp: the student's weights are {str(found).removeprefix('torch.')}, and with train.bf16 they must "
+            "be float32: set student.dtype: float32, or leave out train.bf16"
+        )

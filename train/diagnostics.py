@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..errors import StageError
+from .alpha import Gradients
 from .ranks import Ranks
 
 
@@ -113,12 +114,12 @@ def check_gradient(student: Mapping[str, Mapping[int, torch.Tensor]]) -> None:
                 )
 
 
-def not_finite(terms: Mapping[str, torch.Tensor], parameters: Sequence[torch.nn.Parameter]) -> list[str]:
+def not_finite(terms: Mapping[str, torch.Tensor], gradients: Gradients) -> list[str]:
     """The names of those terms whose gradient has an infinite norm, or none."""
-    trainable, bad = [p for p in parameters if p.requires_grad], []
+    bad = []
     for name, term in terms.items():
-        found = torch.autograd.grad(term, trainable, retain_graph=True, allow_unused=True)
-        if not torch.isfinite(torch.nn.utils.get_total_norm([g for g in found if g is not None])):
+        found = [g for g in gradients(term) if g is not None]
+        if not torch.isfinite(torch.nn.utils.get_total_norm(found)):
             bad.append(name)
     return bad
 

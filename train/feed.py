@@ -34,7 +34,10 @@ class TrainingRows:
 
 @dataclass(frozen=True)
 class _HeldoutRows:
-    """Held-out samples one by one, in the order of the store; batches go to the ranks in turn."""
+    """Held-out samples one by one, in the order of the store; batches go to the ranks in turn.
+
+    All ranks have as many batches. Where there are no samples left for one, its last batch is the first sample again.
+    """
 
     samples: int
     rows: int
@@ -42,11 +45,18 @@ class _HeldoutRows:
     ranks: int
 
     def __call__(self, number: int) -> list[Row]:
-        first = (number * self.ranks + self.rank) * self.rows
-        return [(item,) for item in range(first, min(first + self.rows, self.samples))]
+        first = self._first(number)
+        return [(item,) for item in range(first, min(first + self.rows, self.samples))] or [(0,)]
 
     def __len__(self) -> int:
-        return max(0, -(-(self.samples - self.rank * self.rows) // (self.rows * self.ranks)))
+        return -(-self.samples // (self.rows * self.ranks))
+
+    def counts(self, number: int) -> bool:
+        """Whether a batch has samples of its own."""
+        return self._first(number) < self.samples
+
+    def _first(self, number: int) -> int:
+        return (number * self.ranks + self.rank) * self.rows
 
 
 class Feed:
@@ -104,14 +114,18 @@ class Feed:
             self._loader = self._open(batches, step * self._accumulated)
         return self._loader.take(count)
 
-    def heldout(self) -> Generator[dict[str, Any], None, None]:
-        """This rank's held-out batches, each valid until the next."""
+    def heldout(self) -> Generator[tuple[dict[str, Any], bool], None, None]:
+        """This rank's held-out batches, each valid until the next, and whether they count.
+
+        As many on each rank, for a forward pass of a sharded student is one of all: what a rank has too many does not
+        count.
+        """
         dataset, size = self._datasets[Split.HELDOUT], self._args.per_device_eval_batch_size
         rows = _HeldoutRows(len(dataset), size, self._ranks.rank, self._ranks.size)
         loader = self._open(Batches(dataset, self._collator, rows, len(rows)), 0)
         try:
-            while found := loader.take(1):
-                yield found[0]
+            for number in range(len(rows)):
+                yield loader.take(1)[0], rows.counts(number)
         finally:
             loader.close()
 

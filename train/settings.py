@@ -47,6 +47,7 @@ _ASIDE: Final = (
     "report_to",
     "reader_threads",
     "prefetch_steps",
+    "fsdp",
 )
 """Keys of `train` that the weights do not depend on; the targets stand for the teacher."""
 
@@ -194,6 +195,8 @@ class TrainSettings(_Settings):
     """Train adapters instead of the weights; None for all weights."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
+    fsdp: bool = False
+    """Of several processes each keeps a shard of the weights, gradients and optimizer state, not a copy."""
     collapse_threshold: NonNegativeFloat = 0.1
     """A warning where the spread of the student's keys or values falls below this share of the target's; 0 for none."""
     reader_threads: PositiveInt = 2
@@ -235,6 +238,14 @@ class TrainSettings(_Settings):
     def _one_kind_of_rows(self) -> TrainSettings:
         if self.pack_tokens is not None and self.group_by_length:
             raise ValueError("group_by_length: packed rows are of about equal length already; leave one of both out")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_sharded(self) -> TrainSettings:
+        if self.fsdp and self.lora is not None:
+            raise ValueError("fsdp: adapters are not sharded here; leave out one of fsdp and lora")
+        if self.fsdp and self.projector != "none":
+            raise ValueError("fsdp: a learned projector is not sharded here; leave out one of fsdp and projector")
         return self
 
     @property

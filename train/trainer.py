@@ -9,6 +9,7 @@ refused before, in `checks`.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict
@@ -22,18 +23,22 @@ from transformers import Trainer, TrainerState
 
 from ..errors import KavaError, StageError, TrainingError
 from ..store.files import write_atomic
-from .alpha import AutoAlpha, gradient_norms, schedule_factor
+from .alpha import AutoAlpha, Gradients, gradient_norms, gradients_of, schedule_factor
 from .diagnostics import CollapseAlarm, Mean, StepClock, check_gradient, not_finite, spread_ratio
 from .feed import Feed, share_step
 from .objective import Objective, Pass
 from .ranks import Ranks, agreed
 from .settings import TrainSettings
+from .shard import ShardedGradients, local, shard_anywhere, shard_errors
 from .student import saving
 
 STATE: Final = "kava.json"
 """In a checkpoint: what the Trainer does not know of."""
 PROJECTOR: Final = "projector.safetensors"
 """Beside it: the projector on the student's side, where there is one."""
+
+_Shared = tuple[torch.Tensor, float]
+"""A mean over a batch, and the batch's share of the step; see `share_step`."""
 
 
 class KVTrainer(Trainer):  # type: ignore[misc]
@@ -66,6 +71,18 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         self._checked = False
         self._heldout: tuple[int, dict[str, float]] = (-1, {})
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's, which also shards on CPUs."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            shard_anywhere(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this process has shards of the student alone, and must do with it what all others do."""
+        return bool(self.is_fsdp_enabled)
+
     @property
     def alpha(self) -> float:
         """The weight of the KV loss, without its schedule."""
@@ -93,7 +110,7 @@ class KVTrainer(Trainer):  # type: ignore[misc]
                 weights = {"keys": self.kv_loss.key_weight, "values": self.kv_loss.value_weight}
                 check_gradient({name: layers for name, layers in found.student.items() if weights[name]})
             if first_look:
-                self._measure_gradients(ce, found.kv["kv"])
+                self._measure_gradients((ce, of_ce), (found.kv["kv"], of_kv))
                 self._measure_spread(found.student, inputs)
             alpha = self._weight()
             loss = loss + alpha * (found.kv["kv"] * of_kv)
@@ -102,7 +119,7 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         if self.settings.logits is not None and found.divergence is not None:
             weight = self.settings.logits.weight
             if first_look and self._measures:
-                self._log_share("logits", weight, self._norms(ce, found.divergence))
+                self._log_share("logits", weight, self._norms((ce, of_ce), (found.divergence, of_logits)))
             loss = loss + weight * (found.divergence * of_logits)
             terms["logits"] = found.divergence.detach() * of_logits
         finite = bool(torch.isfinite(loss))
@@ -123,9 +140,7 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         # Under loss scaling, which float16 needs, infinite gradients are ordinary: the scaler leaves the step out.
         if getattr(self.accelerator, "scaler", None) is None:
-            gradients = [p.grad for p in self._learning if p.grad is not None]
-            finite = bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
-            self._stop_unless(finite, inputs, lambda: f"the gradient ({self._blame(inputs)})")
+            self._check_gradients(inputs)
         if self.projector is not None and self.accelerator.sync_gradients:
             scaled = getattr(self.accelerator, "scaler", None) is not None
             self.projector.finish_gradient(self.ranks, None if scaled else self.args.max_grad_norm)
@@ -166,11 +181,11 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         ce = tokens = text_bytes = 0.0
         means = Mean()
         with torch.no_grad(), closing(self.feed.heldout()) as batches:
-            for batch in batches:
+            for batch, counts in batches:
                 inputs = self._prepare_inputs(batch)
-                # A model that takes no further step is not prepared by the Trainer, which gives it its own autocast.
-                with self.accelerator.autocast():
-                    found = self._forward(model, inputs)
+                found = self._forward(model, inputs)
+                if not counts:
+                    continue
                 ce += float(found.ce.double())
                 tokens += int(found.tokens)
                 text_bytes += inputs["text_bytes"]
@@ -214,10 +229,21 @@ class KVTrainer(Trainer):  # type: ignore[misc]
                     "begun, or begin again with --force train"
                 )
             )
+        if state["feed"]["ranks"] == self.ranks.size and state.get("fsdp", False) != self.sharded:
+            was = "shards" if state.get("fsdp", False) else "copies"
+            raise agreed(
+                StageError(
+                    f"the checkpoint is of a training with {was} of the student, this one has train.fsdp: "
+                    f"{str(self.sharded).lower()}: go on as it was begun, or begin again with --force train"
+                )
+            )
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if self.finished:
             # Asked to go on from the last step, the Trainer would take one more.
-            self._load_from_checkpoint(str(checkpoint))
+            if self.sharded:
+                self._prepare_for_training(self.state.max_steps, None, str(checkpoint))
+            else:
+                self._load_from_checkpoint(str(checkpoint))
         self._heldout = (state["heldout"][0], state["heldout"][1])
         self.feed.load(state["feed"])
         if self.projector is not None:
@@ -228,7 +254,7 @@ class KVTrainer(Trainer):  # type: ignore[misc]
             self.auto = AutoAlpha(**state["alpha"])
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with saving(Path(self.args.output_dir)):
+        with saving(Path(self.args.output_dir)), shard_errors():
             self._write_checkpoint(model, trial)
 
     def _write_checkpoint(self, model: Any, trial: Any) -> None:
@@ -238,6 +264,7 @@ class KVTrainer(Trainer):  # type: ignore[misc]
             "terms": self.ranks.gather(self._terms.state()),
             "above": sorted(self._alarm.above),
             "alpha": None if self.auto is None else asdict(self.auto),
+            "fsdp": self.sharded,
         }
         if self.is_world_process_zero():
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
@@ -257,7 +284,7 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         factor = schedule_factor(self.settings.alpha_schedule, self.state.global_step, self.state.max_steps)
         return self.alpha * factor
 
-    def _measure_gradients(self, ce: torch.Tensor, kv: torch.Tensor) -> None:
+    def _measure_gradients(self, ce: _Shared, kv: _Shared) -> None:
         """Both terms' gradients where it is time: for `alpha: auto`, for the log, or for both."""
         settings, step = self.settings, self.state.global_step
         later = settings.alpha_update_steps
@@ -275,11 +302,20 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         every = self.settings.measure_steps or max(100, self.settings.logging_steps)
         return bool(self.state.global_step % every == 0)
 
-    def _norms(self, ce: torch.Tensor, term: torch.Tensor) -> tuple[float, float]:
-        """See `gradient_norms`; the mean over ranks."""
-        norms = torch.stack(gradient_norms(ce, term, list(self.model.parameters())))
-        of_ce, of_term = self.accelerator.reduce(norms, "mean").tolist()
-        return of_ce, of_term
+    def _norms(self, ce: _Shared, term: _Shared) -> tuple[float, float]:
+        """See `gradient_norms`: the mean over ranks; of a sharded student, the norm of their mean."""
+        if not self.sharded:
+            norms = torch.stack(gradient_norms(ce[0], term[0], self._gradients(ce[0])))
+            of_ce, of_term = self.accelerator.reduce(norms, "mean").tolist()
+            return of_ce, of_term
+        totals = self.ranks.sum([ce[1], term[1]])
+        means = [
+            value * (share * self.ranks.size / total if total else 1.0)
+            for (value, share), total in zip((ce, term), totals, strict=True)
+        ]
+        of_shard = gradient_norms(means[0], means[1], self._gradients(ce[0]))
+        of_ce, of_term = self.ranks.sum([float(norm) ** 2 for norm in of_shard])
+        return math.sqrt(of_ce), math.sqrt(of_term)
 
     def _log_share(self, name: str, weight: float, norms: tuple[float, float]) -> None:
         if norms[0] > 0:
@@ -306,6 +342,15 @@ class KVTrainer(Trainer):  # type: ignore[misc]
                 f"{self.settings.collapse_threshold:g} times as much as the target's, they may be collapsing",
             )
 
+    def _check_gradients(self, inputs: dict[str, Any]) -> None:
+        """Stops all ranks where what is there of a step's gradient is not finite."""
+        gradients = [local(p.grad) for p in self._learning if p.grad is not None]
+        finite = bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+        if self.sharded:
+            # All ranks have one gradient: none can tell whose batch it was, and all look for the term.
+            finite = not any(self.ranks.max([float(not finite)]))
+        self._stop_unless(finite, inputs, lambda: f"the gradient ({self._blame(inputs)})")
+
     def _blame(self, inputs: dict[str, Any]) -> str:
         """Which terms have a gradient that is not finite, of a batch whose summed gradient is not."""
         # Of the model itself: what is around it for several ranks would wait for them.
@@ -314,8 +359,17 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         terms |= {name: self._weight() * value for name, value in found.kv.items() if value.requires_grad}
         if self.settings.logits is not None and found.divergence is not None:
             terms["logits"] = self.settings.logits.weight * found.divergence
-        bad = not_finite(terms, self._learning)
+        bad = not_finite(terms, self._gradients(found.ce))
+        if self.sharded:
+            told = {name for names in self.ranks.gather(bad) for name in names}
+            bad = [name for name in terms if name in told]
         return ", ".join(bad or ["of the sum of accumulated batches"])
+
+    def _gradients(self, ce: torch.Tensor) -> Gradients:
+        """Of single terms, with regard to the weights."""
+        if self.sharded:
+            return ShardedGradients(self.model, ce, self.ranks)
+        return gradients_of(self._learning)
 
     @property
     def _learning(self) -> list[torch.nn.Parameter]:
@@ -323,7 +377,9 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         return [*self.model.parameters(), *(self.projector.parameters() if self.projector is not None else ())]
 
     def _forward(self, model: Any, inputs: dict[str, Any]) -> Pass:
-        return self.objective(model, inputs, tapped=self.accelerator.unwrap_model(model))
+        # Where the Trainer prepares a model to train it whole, it gives it an autocast of its own.
+        with self.accelerator.autocast():
+            return self.objective(model, inputs, tapped=self.accelerator.unwrap_model(model))
 
     def _stop_unless(self, finite: bool, inputs: dict[str, Any], what: Callable[[], str]) -> None:
         """Stops all ranks where one has found something that is not finite, with the samples of all that have."""

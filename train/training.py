@@ -17,13 +17,14 @@ from ..store import Split
 from ..store.files import disk_errors
 from .arguments import begin_at, last_checkpoint, training_arguments
 from .callbacks import Log, Steps, StopOnSignal
-from .checks import check_packing, check_targets
+from .checks import check_packing, check_sharding, check_targets
 from .data import TargetCollator, TargetDataset, Targets
 from .feed import Feed
 from .lora import add_lora, save_merged
 from .objective import Objective
 from .ranks import Ranks, agreed
 from .settings import TrainSettings
+from .shard import shard_errors, whole_state
 from .student import load_student, padding, saving
 from .trackers import check_trackers
 from .trainer import KVTrainer
@@ -81,6 +82,7 @@ def train_student(
 
     with (
         disk_errors(out),
+        shard_errors(),
         StopOnSignal(ranks) as stop,
         closing(Log(out, begun, ranks, settings.report_to)) as log,
         closing(feed),
@@ -112,9 +114,10 @@ def train_student(
                 )
             )
         metrics = trainer.evaluate() if len(datasets[Split.HELDOUT]) else {}
+        weights = {"state_dict": whole_state(model)} if trainer.sharded else {}
         if ranks.is_first:
             with saving(out):
-                (model if settings.lora is None else save_merged(model, out)).save_pretrained(out)
+                (model if settings.lora is None else save_merged(model, out)).save_pretrained(out, **weights)
                 tokenizer.save_pretrained(out)
             shutil.rmtree(checkpoints, ignore_errors=True)
         ranks.wait()
@@ -160,5 +163,7 @@ def _prepare(student: Path, store: Targets, out: Path, settings: TrainSettings, 
         model = add_lora(model, settings.lora)
     if settings.pack_tokens is not None:
         check_packing(model)
+    if settings.fsdp:
+        check_sharding(model, bf16=settings.bf16)
     args = training_arguments(settings, out, has_heldout=len(datasets[Split.HELDOUT]) > 0)
     return _Prepared(model, tokenizer, objective, datasets, args)

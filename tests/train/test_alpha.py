@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kava.tap import KVTap
-from kava.train.alpha import AutoAlpha, gradient_norms, schedule_factor
+from kava.train.alpha import AutoAlpha, gradient_norms, gradients_of, schedule_factor
 from kava.train.settings import AlphaSchedule, TrainSettings
 
 
@@ -46,7 +46,7 @@ def test_norms_are_those_of_the_gradients_of_shared_weights() -> None:
     assert "model.layers.0.self_attn.k_proj.weight" in shared
     assert not {"lm_head.weight", "model.layers.2.self_attn.k_proj.weight"} & shared
     wanted = [math.sqrt(sum(float(side[n].double().square().sum()) for n in shared)) for side in gradients]
-    found = gradient_norms(*terms(), list(model.parameters()))
+    found = gradient_norms(*terms(), gradients_of(list(model.parameters())))
     assert [float(norm) for norm in found] == pytest.approx(wanted, rel=1e-5)
     assert all(torch.equal(p.grad, gradients[1][n]) for n, p in model.named_parameters() if p.grad is not None)
 

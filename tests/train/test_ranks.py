@@ -115,8 +115,16 @@ def _weights(recipe: Path, name: str) -> dict[str, torch.Tensor]:
             {"batch_size": 2, "projector": "learned", "projector_learning_rate": 1e-2, "max_grad_norm": 0.01},
             {"batch_size": 4, "projector": "learned", "projector_learning_rate": 1e-2, "max_grad_norm": 0.01},
         ),
+        (
+            {"batch_size": 2, "fsdp": True, "alpha": "auto", "alpha_steps": 3, "gradient_checkpointing": True},
+            {"batch_size": 4, "alpha": "auto", "alpha_steps": 3},
+        ),
+        (
+            {"batch_size": 1, "fsdp": True, "gradient_accumulation_steps": 2, "pack_tokens": 120},
+            {"batch_size": 2, "gradient_accumulation_steps": 2, "pack_tokens": 120},
+        ),
     ],
-    ids=["rows", "packed", "lora", "projector"],
+    ids=["rows", "packed", "lora", "projector", "shards", "packed-shards"],
 )
 def test_two_ranks_train_as_one(recipe: Path, tmp_path: Path, tiny_models: dict[str, Path], two: Any, one: Any) -> None:
     """The same global batches: equal loss, KV loss of each layer, gradient norm and held-out metrics; equal weights."""
@@ -142,7 +150,8 @@ def test_two_ranks_train_as_one(recipe: Path, tmp_path: Path, tiny_models: dict[
     assert "up to date" in _two(plain, "two", **two)
 
 
-def test_one_is_told_to_stop_and_all_do_and_go_on_exactly(recipe: Path) -> None:
+@pytest.mark.parametrize("fsdp", [False, True], ids=["copies", "shards"])
+def test_one_is_told_to_stop_and_all_do_and_go_on_exactly(recipe: Path, fsdp: bool) -> None:
     """Every number of the log, bit for bit: dropout, alpha from gradients, packed rows, a log that spans the checkpoint."""
     settings: dict[str, Any] = {
         "max_steps": 120,
@@ -152,7 +161,9 @@ def test_one_is_told_to_stop_and_all_do_and_go_on_exactly(recipe: Path) -> None:
         "alpha_update_steps": 5,
         "logging_steps": 7,
         "eval_steps": 50,
+        "fsdp": fsdp,
     }
+    shutil.rmtree(recipe.parent / "run/students", ignore_errors=True)
     _two(recipe, "whole", **settings)
     run = _start(recipe, "cut", **settings)
     log = recipe.parent / "run/students/cut/metrics.jsonl"
@@ -169,6 +180,8 @@ def test_one_is_told_to_stop_and_all_do_and_go_on_exactly(recipe: Path) -> None:
     assert {"kava.json", "rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in checkpoint.iterdir()}
     words = _words(recipe, "cut", settings)
     assert "2 processes of 1 rows each, this one has 1 of 1: go on as it was begun" in kava(*words, code=2)
+    other = _two(recipe, "cut", code=1, **settings | {"fsdp": not fsdp})
+    assert f"with {'shards' if fsdp else 'copies'} of the student, this one has train.fsdp" in other
     _two(recipe, "cut", **settings)
     assert _lines(recipe, "cut") == _lines(recipe, "whole")
     one, two = _weights(recipe, "cut"), _weights(recipe, "whole")
@@ -228,7 +241,7 @@ def test_other_verbs_are_not_for_several_processes(recipe: Path, monkeypatch: py
 
 
 def test_the_tap_carries_the_gradient_of_a_sharded_model() -> None:
-    """torch's `fully_shard`, which training does not use yet; see the README's limits."""
+    """torch's `fully_shard` alone, without the Trainer."""
     run = _torchrun("fixtures.sharded")
     printed, _ = run.communicate(timeout=120)
     assert run.returncode == 0, printed

@@ -268,7 +268,10 @@ def test_other_ranks_and_batches_than_the_checkpoint_s_are_refused(train: Train,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arguments": {"fsdp": "full_shard"}}, "train.arguments.fsdp: sharded models are not trained here"),
+        ({"arguments": {"fsdp": "full_shard"}}, "train.arguments.fsdp: set train.fsdp, which shards"),
+        ({"fsdp": True, "lora": {"r": 4}}, "adapters are not sharded here; leave out one of fsdp and lora"),
+        ({"fsdp": True, "projector": "learned"}, "a learned projector is not sharded here"),
+        ({"fsdp": True, "arguments": {"fp16": True}}, "train.arguments.fp16: not together with train.fsdp"),
         ({"arguments": {"train_sampling_strategy": "random"}}, "the order of samples is kava's own"),
         ({"arguments": {"save_strategy": "best"}}, "train.arguments.save_strategy: best: .* set save_steps"),
         ({"arguments": {"eval_strategy": "epoch"}}, "train.arguments.eval_strategy: epoch: .* set eval_steps"),
