@@ -188,6 +188,15 @@ def test_one_is_told_to_stop_and_all_do_and_go_on_exactly(recipe: Path, fsdp: bo
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_each_process_holds_a_shard_and_every_weight_has_a_gradient(recipe: Path) -> None:
+    run = _torchrun("fixtures.held", *_words(recipe, "held", {"fsdp": True, "batch_size": 2, "max_steps": 3}))
+    printed, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, printed
+    found = re.findall(r"rank (\d) holds ([\d.]+) and ([\d.]+), silent \[\]", printed)
+    assert sorted(rank for rank, *_ in found) == ["0", "0", "0", "1", "1", "1"], printed
+    assert all(0.45 < float(share) < 0.55 for _, *shares in found for share in shares), printed
+
+
 def _alone(targets: KVStore, owners: set[str]) -> Iterator[tuple[int, str]]:
     """Seeds under which the first of these samples to be read, a row for each of two ranks, has its step for itself."""
     dataset = TargetDataset(targets, Split.TRAIN)
@@ -199,7 +208,8 @@ def _alone(targets: KVStore, owners: set[str]) -> Iterator[tuple[int, str]]:
             yield seed, names[first]
 
 
-def test_what_goes_wrong_on_one_rank_stops_all_and_is_told_once(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fsdp", [False, True], ids=["copies", "shards"])
+def test_what_goes_wrong_on_one_rank_stops_all_and_is_told_once(recipe: Path, tmp_path: Path, fsdp: bool) -> None:
     """A number that is not finite, in samples that one rank alone has; then damage."""
     root = recipe.parent / "run"
     targets = KVStore.open(Run(load_recipe(recipe)).target_path("big"))
@@ -214,7 +224,7 @@ def test_what_goes_wrong_on_one_rank_stops_all_and_is_told_once(recipe: Path, tm
         model.get_input_embeddings().weight[token] = torch.nan
     model.save_pretrained(tmp_path / "run/student")
     seed, owner = next(_alone(targets, owners[token]))
-    printed = _two(copy, "nan", code=1, batch_size=1, max_steps=40, seed=seed)
+    printed = _two(copy, "nan", code=1, batch_size=1, max_steps=40, seed=seed, fsdp=fsdp)
     (samples_told,) = re.findall(
         r"kava: train: the loss \(.*\) is not finite in step \d+, samples (.*); the", " ".join(printed.split())
     )
@@ -228,7 +238,7 @@ def test_what_goes_wrong_on_one_rank_stops_all_and_is_told_once(recipe: Path, tm
     data[50] ^= 4
     shard.unlink()
     shard.write_bytes(data)
-    printed = " ".join(_two(copy, "damaged", code=1, batch_size=1, max_steps=40).split())
+    printed = " ".join(_two(copy, "damaged", code=1, batch_size=1, max_steps=40, fsdp=fsdp).split())
     assert len(re.findall(r"kava: sample 1[0-4]: ", printed)) == 1
     assert "rank 1" not in printed.split("Traceback")[0]
 
