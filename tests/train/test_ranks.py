@@ -20,6 +20,7 @@ import pytest
 import torch
 from fixtures.command import kava, write_recipe
 from fixtures.stores import tree
+from safetensors.torch import load_file, save_file
 
 from kava.pipeline import load_recipe
 from kava.pipeline.run import Run
@@ -195,6 +196,26 @@ def test_each_process_holds_a_shard_and_every_weight_has_a_gradient(recipe: Path
     found = re.findall(r"rank (\d) holds ([\d.]+) and ([\d.]+), silent \[\]", printed)
     assert sorted(rank for rank, *_ in found) == ["0", "0", "0", "1", "1", "1"], printed
     assert all(0.45 < float(share) < 0.55 for _, *shares in found for share in shares), printed
+
+
+def test_shards_of_a_student_whose_embeddings_are_also_its_head(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    student = tmp_path / "tied"
+    shutil.copytree(tiny_models["student"], student)
+    config = json.loads((student / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (student / "config.json").write_text(json.dumps(config))
+    weights = load_file(student / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, student / "model.safetensors", metadata={"format": "pt"})
+    recipe = write_recipe(tmp_path, {**tiny_models, "student": student})
+    kava("run", recipe, "--until", "project")
+    _two(recipe, "two", batch_size=2, fsdp=True)
+    kava(*_words(recipe, "one", {"batch_size": 4}))
+    found, wanted = ([line["ce"] for line in _lines(recipe, name) if "ce" in line] for name in ("two", "one"))
+    assert len(found) == 6
+    assert found == pytest.approx(wanted, rel=2e-5)
+    first, second = _weights(recipe, "two"), _weights(recipe, "one")
+    assert first.keys() == second.keys()
+    assert all((tensor - second[name]).abs().max() < 2e-4 for name, tensor in first.items())
 
 
 def _alone(targets: KVStore, owners: set[str]) -> Iterator[tuple[int, str]]:
