@@ -187,3 +187,32 @@ def test_a_probe_trains_on_the_targets_that_training_names(tmp_path: Path, model
     plan = json.loads(printed[printed.index("{\n") : printed.rindex("\n}") + 2])
     assert "train" not in plan["seconds"]
     assert any("they learn logits of big, which is not probed" in problem for problem in plan["problems"])
+
+
+def test_arms_with_logits_are_compared(tmp_path: Path, models: dict[str, Path]) -> None:
+    """Each arm has the terms that it should, and the one that learns logits alone ends where its own training does."""
+    recipe = _recipe(
+        tmp_path,
+        models,
+        train={"alpha": 1, "max_steps": 6},
+        compare={"arms": ["none", "kv", "logits", "kv+logits"], "seeds": [0]},
+    )
+    kava("run", recipe, "--until", "project")
+    kava("compare", recipe)
+    found = json.loads((tmp_path / "run/compare/compare.json").read_text())
+    assert found["missing"] == []
+    ce = {name: arm["runs"][0]["metrics"]["ce"] for name, arm in found["arms"].items()}
+    assert list(ce) == ["none", "kv", "logits", "kv+logits"]
+    assert len(set(ce.values())) == 4
+    logs = {name: _rows(Path(arm["runs"][0]["folder"])) for name, arm in found["arms"].items()}
+    last = {name: [row["heldout_logits"] for row in rows if "heldout_logits" in row] for name, rows in logs.items()}
+    assert {name for name, values in last.items() if values} == {"logits", "kv+logits"}
+    with_kv = {name for name, rows in logs.items() if any("heldout_kv" in row for row in rows)}
+    assert with_kv == {"kv", "kv+logits"}
+    kava("train", recipe, "-s", "train.name=alone", "-s", "train.alpha=0")
+    alone = [row["heldout_logits"] for row in _rows(tmp_path / "run/students/alone") if "heldout_logits" in row]
+    assert last["logits"][-1] == pytest.approx(alone[-1])
+
+
+def _rows(student: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines()]
