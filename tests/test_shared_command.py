@@ -116,7 +116,12 @@ def test_an_interruption_ends_watching(
 ) -> None:
     recipe = write_recipe(tmp_path, tiny_models)
     monkeypatch.setattr(time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGINT))
-    printed = kava("status", recipe, "--watch").splitlines()
+    # A shell starts what runs in its background deaf to it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        printed = kava("status", recipe, "--watch").splitlines()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(printed) == 1
     assert "missing" in printed[0]
 
