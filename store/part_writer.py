@@ -50,7 +50,8 @@ class PartWriter:
         """
         self.root, self.manifest, self.index, self._pool = root, manifest, index, pool
         self.samples = manifest.part_samples(index)
-        self._flusher, self._flushes = ThreadPoolExecutor(2, "kava-fsync"), []  # type: ignore[var-annotated]
+        self._flusher = ThreadPoolExecutor(2, "kava-fsync")
+        self._flushes: list[Future[None]] = []
         self._folder = root / "parts" / f".tmp-{part_name(index)}-{mark()}"
         self._pages = {
             name: PageWriter(array, self._flush) for name, array in paged_arrays(manifest, self._folder).items()
@@ -133,7 +134,7 @@ class PartWriter:
         self._length[position] = tokens
         self._tokens += int(sample.mask.sum())
         for name in KV:
-            self._sums[name] += found[name].sums[:2]
+            self._sums[name] += found[name].sums
         if coverage is not None:
             self._coverage = coverage + (0 if self._coverage is None else self._coverage)
 

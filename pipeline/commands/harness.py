@@ -77,7 +77,7 @@ class Tasks:
 
         os.environ["DISABLE_MULTIPROC"] = "1"  # It would fork this process for the bootstrap, once for each core.
         try:
-            with _says_on_stderr():
+            with redirect_stdout(sys.stderr):  # What the library prints goes beside the result.
                 # It would load the weights a second time, and onto CUDA whether there is one or not.
                 with _quiet("lm_eval.models.huggingface"):
                     loaded = HFLM(
@@ -142,7 +142,7 @@ def _load(manager: Any, name: str, include_path: Path | None) -> list[Any]:
             )
         )
     try:
-        with _says_on_stderr():
+        with redirect_stdout(sys.stderr):  # What the library prints goes beside the result.
             found = manager.load([name])
     except Exception as error:  # A task's definition can be wrong in any way: it has templates, and Python.
         what = "; without a network its data must be in the local cache (HF_HOME), or in files that the task names"
@@ -163,13 +163,6 @@ def _plain(value: Any) -> Any:
     """The same as JSON knows it: NumPy's numbers as Python's, None for what is not a number."""
     text = json.dumps(value, default=lambda other: other.item() if hasattr(other, "item") else str(other))
     return json.loads(text, parse_constant=lambda name: None)
-
-
-@contextmanager
-def _says_on_stderr() -> Iterator[None]:
-    """What the library prints goes beside the result."""
-    with redirect_stdout(sys.stderr):
-        yield
 
 
 @contextmanager
