@@ -92,7 +92,7 @@ def walk(
     with closing(ahead(read, [position for position in reader.order if position not in failed])) as found:
         for position in reader.order:
             if position in failed:
-                fail(position, reader.ids[position], Split(int(reader.splits[position])), failed[position])
+                fail(position, reader.sample_id(position), Split(int(reader.splits[position])), failed[position])
             else:
                 yield position, next(found)
 

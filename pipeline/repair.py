@@ -197,7 +197,7 @@ def _restored(stage: StoreStage, reason: str) -> tuple[KVStore, str]:
             f"{stage.label}: {reason}; no part there was written for this recipe, so its manifest cannot be written "
             f"again. Repair with the recipe that made it, or kava run --force {stage.name}"
         )
-    write_atomic(stage.output / "zarr.json", header_bytes({"kava": wanted.model_dump(mode="json")}))
+    write_atomic(stage.output / "zarr.json", header_bytes(wanted.to_attributes()))
     return KVStore.open(stage.output), f"{reason}; written again from the recipe"
 
 

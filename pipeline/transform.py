@@ -241,11 +241,12 @@ def calibration_samples(
     corpus = _corpus(transform.corpus, _stamp(transform.corpus.path))
     encoder = student_encoder(transform.student, transform.chat_template)
     failed = {*parent.failed, *(reference.failed if reference else ())}
+    indices = parent.indices_of(sample_ids)
     for sample_id in sample_ids:
         if sample_id in failed:
             yield None
             continue
-        index = parent.index_of[sample_id]
+        index = indices[sample_id]
         source, tokens = parent[index], encoder.encode(corpus.records[index])
         time = transform.time_map(source, tokens)
         found = transformed(source, time, None) if time.mask.any() else None
@@ -261,6 +262,7 @@ def calibration_pairs(
     """
     import torch
 
+    indices = {} if reference is None else reference.indices_of(sample_ids)
     for sample in calibration_samples(transform, parent, sample_ids, reference):
         if sample is None:
             yield None
@@ -268,7 +270,7 @@ def calibration_pairs(
         kept = torch.from_numpy(sample.mask)
         own = None
         if reference is not None:
-            mine = reference[reference.index_of[sample.sample_id]]
+            mine = reference[indices[sample.sample_id]]
             assert mine.keys is not None
             assert mine.values is not None
             own = mine.keys[kept], mine.values[kept]

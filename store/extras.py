@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .sample import KVSample
 
 RESERVED: Final = frozenset(
-    {"keys", "values", "start", "length", "split", "sample_id", "input_ids", "positions", "spans", "segments", "mask"}
+    {"keys", "values", "tokens", "start", "length", "split", "sample_id"}
+    | {"input_ids", "positions", "spans", "segments", "mask"}  # Fields of a sample.
     | {f"{name}_{part}" for name in ("keys", "values") for part in ("q", "scale", "min", "exact")}
 )
 """Names of the arrays that every part has."""

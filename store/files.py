@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import DamagedStoreError, KavaError, RetryLaterError, StoreError
+from .hashing import hash_file
 
 _FLUSHES: Final = 8
 _RETRY: Final = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE}
@@ -62,14 +63,6 @@ def reading(path: Path | str) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM):
             raise StoreError(f"{path}: cannot be read: {reason}; mend its rights") from error
         raise DamagedStoreError(f"{path}: cannot be read: {reason}") from error
-
-
-def read_all(file: int, nbytes: int, offset: int) -> bytes:
-    """`os.pread` until all is there or the file ends: file servers and FUSE may give less than is there."""
-    data = os.pread(file, nbytes, offset)
-    while len(data) < nbytes and (more := os.pread(file, nbytes - len(data), offset + len(data))):
-        data += more
-    return data
 
 
 def write_protect(root: Path) -> None:
@@ -143,31 +136,20 @@ def link(path: Path, target: Path) -> None:
         temporary.replace(path)
 
 
-def file_table(folder: Path, known: Mapping[Path, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """Size and CRC-32C of every file below `folder`, but for its own `zarr.json`.
+def file_table(folder: Path, known: Mapping[Path, tuple[int, str]]) -> dict[str, tuple[int, str]]:
+    """Return size and hash of every file below `folder`, except its own `zarr.json`.
 
     Args:
-        folder: of a part.
-        known: what they are of files that were summed up while they were written; those are not read again.
+        folder: folder of a part.
+        known: size and hash of files that were hashed while they were written; those are not read again.
 
     Raises:
         OSError: if a file is not as long as what was written to it.
     """
     table = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "zarr.json"):
-        size, checksum = known[path] if path in known else (path.stat().st_size, file_crc32c(path))
+        size, digest = known[path] if path in known else (path.stat().st_size, hash_file(path))
         if path.stat().st_size != size:
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-        table[path.relative_to(folder).as_posix()] = (size, checksum)
+        table[path.relative_to(folder).as_posix()] = (size, digest)
     return table
-
-
-def file_crc32c(path: Path) -> int:
-    """CRC-32C of a file's bytes, read in blocks."""
-    from awscrt import checksums
-
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            checksum = checksums.crc32c(block, checksum)
-    return int(checksum)

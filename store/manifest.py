@@ -27,8 +27,8 @@ from .fingerprint import digest_json
 from .geometry import KVGeometry
 from .quantize import LOSSY
 
-FORMAT_VERSION: Final = 1
-"""Version of the on-disk format that this code writes."""
+FORMAT_VERSION: Final = 2
+"""Version of the on-disk format. Version 1 had no index, and checksums of files that depended on their length alone."""
 
 _NOT_CONTENT: Final = ("versions", "fingerprint")
 
@@ -53,9 +53,9 @@ class ModelIdentity(_Strict):
 
 
 class Manifest(_Strict):
-    """The manifest of a store, format version 1."""
+    """The manifest of a store, format version 2."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     kind: Literal["capture", "resampled", "target", "selected"]
     """`capture`: as computed; `resampled`: on the student's tokens; `target`: in the student's geometry too;
     `selected`: the same number of slots for every sample, each filled from a token of its own per layer and head."""
@@ -125,27 +125,36 @@ class Manifest(_Strict):
 
     @classmethod
     def from_attributes(cls, attributes: dict[str, Any], where: str) -> Manifest:
-        """Reads the manifest from a Zarr group's attributes.
+        """Read the manifest from a Zarr group's attributes.
 
         Raises:
-            StoreError: if this is no kava store, or one of a newer format.
+            StoreError: if this is no kava store, one of another format, or not as it was written.
         """
         raw = attributes.get("kava")
         if not isinstance(raw, dict):
             raise StoreError(f"{where} is not a kava store: its zarr.json has no 'kava' attribute")
         version = raw.get("format_version")
         if version != FORMAT_VERSION:
-            raise StoreError(f"{where} has store format {version!r}, this kava reads {FORMAT_VERSION}: upgrade kava")
-        stated = raw.get("fingerprint")
+            older = isinstance(version, int) and version < FORMAT_VERSION
+            advice = "write the store again with this kava" if older else "upgrade kava"
+            raise StoreError(f"{where} has store format {version!r}, this kava reads {FORMAT_VERSION}. {advice}")
+        seals = {name: raw.get(name) for name in ("fingerprint", "digest")}
+        if seals["digest"] != digest_json({k: v for k, v in raw.items() if k != "digest"}):
+            raise StoreError(f"{where}/zarr.json was edited or damaged: its digest does not match its fields")
         try:
-            manifest = cls.model_validate({k: v for k, v in raw.items() if k != "fingerprint"})
+            manifest = cls.model_validate({k: v for k, v in raw.items() if k not in seals})
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(p) for p in first["loc"])
             raise StoreError(f"{where}/zarr.json: manifest field {place!r}: {first['msg']}") from None
-        if stated != manifest.fingerprint:
+        if seals["fingerprint"] != manifest.fingerprint:
             raise StoreError(f"{where}/zarr.json was edited: its fingerprint does not match its fields")
         return manifest
+
+    def to_attributes(self) -> dict[str, Any]:
+        """Return the attributes of a store's Zarr group: all fields, and a digest that covers provenance as well."""
+        fields = self.model_dump(mode="json")
+        return {"kava": {**fields, "digest": digest_json(fields)}}
 
 
 def default_page_tokens(geometry: KVGeometry, itemsize: int, codec: str = "blosc-zstd") -> int:

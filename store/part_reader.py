@@ -1,129 +1,186 @@
-"""Reads a part; nothing of it is read before its table was checked."""
+"""Reader of a part; no sample is read before table and index were checked."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from ..errors import DamagedStoreError, SampleFailedError, StoreError
 from .dtypes import dtype_of
-from .files import file_crc32c, reading
 from .fingerprint import file_stamp
+from .index import INDEX_FILE, KV, PartIndex
 from .lock import at_work
 from .manifest import Manifest
-from .part import KV, ROW_ARRAYS, paged_arrays, part_name
+from .part import SEGMENT_FIELD, TOKENS, paged_arrays, part_name, unpack_tokens
 from .quantize import LOSSY
-from .sample import KVSample, Split
-from .shard import PageReader
-from .table import read_table
+from .sample import KVSample, Segment, Split
+from .shard import PagedArray, PageReader
+from .table import check_files, read_index, read_table
+
+_OVERHEAD: Final = 16 << 10
+"""Bytes of an open part beyond its index: its table and Python objects."""
 
 
 class PartReader:
-    """Reads one committed part."""
+    """Reader of one committed part.
+
+    Opening reads two small files, the table and the index: where each sample is, and which checksums its chunks must
+    have. The arrays that other Zarr readers use (`start`, `length`, `split`, `sample_id` and extra arrays of
+    samples) are not read: `verify` compares them with the index.
+    """
 
     def __init__(self, root: Path, manifest: Manifest, index: int, *, check: bool = True) -> None:
-        """Opens part `index` of the store at `root`; `check=False` leaves the checksums of what is read alone.
+        """Open a part.
+
+        Args:
+            root: path of the store.
+            manifest: manifest of the store.
+            index: number of the part.
+            check: compare each chunk with its checksum when it is read; table and index are compared in any case.
 
         Raises:
-            StoreNotFoundError: if it is not written yet.
-            DamagedStoreError: if its table is damaged, or a file that it names is missing or of another size.
+            StoreNotFoundError: if the part has not been written.
+            DamagedStoreError: if its table or its index is damaged. Other files are checked when they are read, or by
+                `check_files`.
         """
         self.root, self.manifest, self.index, self._check = root, manifest, index, check
         self.path = root / "parts" / part_name(index)
         self._header = str(self.path / "zarr.json")
-        self._stamp = self._found_stamp()
-        self.attributes = read_table(root, manifest, index, self.path)
+        self._stamp = self._current_stamp()
+        self.table = read_table(root, manifest, index, self.path)
         self._dtype, self._quantizer = dtype_of(manifest.dtype), LOSSY.get(manifest.codec)
-        pages, files = self.attributes["num_rows"] // manifest.page_tokens, self.attributes["files"]
-        self.pages = {
-            name: PageReader(array, pages, check) for name, array in paged_arrays(manifest, self.path).items()
-        }
-        for name, reader in self.pages.items():
-            shards = -(-pages // reader.array.pages_per_shard)
-            if shards != sum(file.startswith(f"{name}/c/") for file in files):
-                raise DamagedStoreError(f"{self.path}: {name} should have {shards} shards, the table names others")
+        data, arrays = read_index(self.path, self.table), paged_arrays(manifest, self.path)
+        try:
+            self._index = PartIndex.load(data, manifest, len(self), arrays)
+            if self._index.num_pages * manifest.page_tokens != self.num_rows:
+                raise ValueError(f"{self._index.num_pages} pages for {self.num_rows} rows")
+            self.pages = {name: self._page_reader(name, array) for name, array in arrays.items()}
+        except (ValueError, OverflowError) as error:
+            raise DamagedStoreError(f"{self.path}/{INDEX_FILE}: {error}") from None
+        self.nbytes = len(data) + _OVERHEAD
+        """Approximate memory of this reader in bytes."""
+
+    def _page_reader(self, name: str, array: PagedArray) -> PageReader:
+        """Return the reader of a paged array, whose shards must have the sizes that the table names."""
+        pages, files = self._index.pages[name], self.table["files"]
+        shards = -(-len(pages.nbytes) // array.pages_per_shard)
+        sizes = [files.get(array.shard_name(shard), (-1,))[0] for shard in range(shards)]
+        starts = np.arange(shards) * array.pages_per_shard
+        chunks = np.add.reduceat(pages.nbytes, starts, dtype=np.int64) if shards else np.zeros(0, np.int64)
+        if (chunks + array.index_bytes).tolist() != sizes:
+            raise ValueError(f"{name}: the sizes of its {shards} shards do not fit their chunks")
+        return PageReader(array, pages, sizes, self._check)
 
     def __len__(self) -> int:
         return len(self.manifest.part_samples(self.index))
 
+    def check_files(self) -> None:
+        """Check that every file of the part exists with its size; its content is compared when it is read.
+
+        Raises:
+            DamagedStoreError: naming the first file that does not.
+        """
+        check_files(self.path, self.table["files"])
+
     @property
     def digest(self) -> str:
-        """A digest of every byte of this part."""
-        return str(self.attributes["digest"])
+        """Digest of the content: of the table, which has the hash of every file."""
+        return str(self.table["digest"])
 
     @property
     def content(self) -> str:
-        """What parts made from this one remember of it: its digest, or that of the part it was transcoded from.
+        """Digest by which derived parts remember this one: its own, or that of the part it was transcoded from.
 
         Two parts of stores with equal fingerprints and equal `content` hold the same numbers.
         """
-        return str(self.attributes.get("content", self.digest))
+        return str(self.table.get("content", self.digest))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the token axis, page padding included."""
+        return int(self.table["num_rows"])
 
     @property
     def sources(self) -> dict[str, str]:
-        """The parent parts, as their `content` says."""
-        return dict(self.attributes["sources"])
+        """Digests of the parent parts, as their `content` says."""
+        return dict(self.table["sources"])
 
     @property
     def written_by(self) -> str:
-        """What computed the part: a capture's backend and its version."""
-        return str(self.attributes.get("written_by", ""))
+        """Program that computed the part: a capture's backend and its version."""
+        return str(self.table.get("written_by", ""))
 
     @property
-    def statistics(self) -> dict[str, Any]:
-        """Tokens with a target, and per layer the sums of their keys and values, and of the squares."""
-        return dict(self.attributes["statistics"])
+    def target_tokens(self) -> int:
+        """Tokens that have a target."""
+        return int(self.table["target_tokens"])
+
+    @property
+    def sums(self) -> Mapping[str, np.ndarray[Any, Any]]:
+        """`keys` and `values`: per layer `[2, l]` float64, the sum of their numbers and of the squares."""
+        return self._index.sums
 
     @property
     def coverage(self) -> list[list[int]] | None:
         """Per segment: text tokens, those with a target, those that end with a parent's token; if resampled."""
-        found: list[list[int]] | None = self.attributes.get("coverage")
-        return found
+        coverage: list[list[int]] | None = self.table.get("coverage")
+        return coverage
 
     @cached_property
     def failed(self) -> dict[int, str]:
         """Positions of failed samples, with the reason."""
-        return {int(position): reason for position, reason in self.attributes["failed"].items()}
+        return {int(position): reason for position, reason in self.table["failed"].items()}
 
-    @cached_property
+    @property
     def ids(self) -> list[str]:
         """Sample ids."""
-        return [str(i) for i in self._array("sample_id", len(self), "T")]
+        return self._index.ids
 
-    @cached_property
+    def sample_id(self, position: int) -> str:
+        """Return the id of one sample."""
+        return self._index.sample_id(position)
+
+    @property
     def lengths(self) -> np.ndarray[Any, Any]:
-        """Tokens per sample."""
-        return self._array("length", len(self), "<i4")
+        """Tokens per sample `[samples]` int32; 0 if it failed."""
+        return self._index.lengths
 
-    @cached_property
+    @property
     def splits(self) -> np.ndarray[Any, Any]:
-        """`Split` per sample."""
-        return self._array("split", len(self), "|u1")
+        """`Split` per sample `[samples]` uint8."""
+        return self._index.splits
 
-    @cached_property
+    @property
     def starts(self) -> np.ndarray[Any, Any]:
-        """First row per sample."""
-        return self._array("start", len(self), "<i8")
+        """First row per sample `[samples]` int64."""
+        return self._index.starts
 
     @property
     def order(self) -> list[int]:
         """Positions in the order in which they were written: read so, a part is read from front to back."""
         return [int(position) for position in np.lexsort((self.lengths, self.starts))]
 
-    @cached_property
-    def rows(self) -> dict[str, np.ndarray[Any, Any]]:
-        """The per-token arrays of the whole part."""
-        return {name: self._array(name, self.attributes["num_rows"], dtype) for name, dtype in ROW_ARRAYS.items()}
+    @property
+    def per_sample(self) -> Mapping[str, np.ndarray[Any, Any]]:
+        """Extra arrays of samples, of the whole part."""
+        return self._index.extras
 
-    @cached_property
-    def per_sample(self) -> dict[str, np.ndarray[Any, Any]]:
-        """The extra arrays of samples, of the whole part."""
-        kinds = {name: kind for name, kind in self.manifest.extras.items() if kind.axis == "sample"}
-        return {name: self._array(name, len(self), kind.numpy, kind.shape) for name, kind in kinds.items()}
+    @property
+    def part_index(self) -> PartIndex:
+        """The index itself."""
+        return self._index
+
+    def tokens_by_segment(self) -> np.ndarray[Any, Any]:
+        """Return the number of tokens `[segments]` int64 of each `Segment`, page padding left out."""
+        counts = np.zeros(len(Segment), np.int64)
+        for position in self.order:
+            if self.lengths[position]:
+                counts += np.bincount(self.read(TOKENS, position)[:, SEGMENT_FIELD], minlength=len(Segment))
+        return counts
 
     def sample(
         self,
@@ -148,19 +205,18 @@ class PartReader:
             DamagedStoreError: if its bytes are damaged.
             StoreError: if it has no such layers.
         """
-        length, start = self.tokens(position), int(self.starts[position])
-        rows = {name: array[start : start + length] for name, array in self.rows.items()}
+        self.tokens(position)
         kv = {
             name: self.read(name, position, layers) if wanted else None
             for name, wanted in zip(KV, (keys, values), strict=True)
         }
         return KVSample(
-            sample_id=self.ids[position],
+            sample_id=self.sample_id(position),
             split=Split(int(self.splits[position])),
             keys=None if kv["keys"] is None else self._dtype.to_torch(kv["keys"]),
             values=None if kv["values"] is None else self._dtype.to_torch(kv["values"]),
             extras=self._extras(position, rows=extras),
-            **rows,
+            **unpack_tokens(self.read(TOKENS, position)),
         )
 
     def tokens(self, position: int) -> int:
@@ -171,10 +227,10 @@ class PartReader:
             DamagedStoreError: if it has none and was not.
         """
         if position in self.failed:
-            raise SampleFailedError(f"{self.root}: sample {self.ids[position]!r} failed: {self.failed[position]}")
+            raise SampleFailedError(f"{self.root}: sample {self.sample_id(position)!r} failed: {self.failed[position]}")
         if self.lengths[position] < 1:
             raise DamagedStoreError(
-                f"{self.path}: sample {self.ids[position]!r} has no rows and is not among the failed"
+                f"{self.path}: sample {self.sample_id(position)!r} has no rows and is not among the failed"
             )
         return int(self.lengths[position])
 
@@ -184,7 +240,7 @@ class PartReader:
         entry, dtype = self._entry(name)
         layers = self._known(layers)
         out = np.empty((length, *(entry if layers is None else (len(layers), *entry[1:]))), dtype)
-        self._fill(name, position, out, layers)
+        self._read_rows(name, position, out, layers)
         return out
 
     def read_into(
@@ -215,13 +271,13 @@ class PartReader:
         entry = (self.manifest.geometry.num_layers if layers is None else len(layers), *inner)
         if out.dtype != np.dtype(dtype) or out.shape[1:] != entry or len(out) < length:
             raise StoreError(
-                f"{self.path}: {name} of sample {self.ids[position]!r} are {dtype} {(length, *entry)}, "
+                f"{self.path}: {name} of sample {self.sample_id(position)!r} are {dtype} {(length, *entry)}, "
                 f"there is room for {out.dtype} {out.shape}"
             )
-        self._fill(name, position, out[:length], layers)
+        self._read_rows(name, position, out[:length], layers)
         return length
 
-    def _fill(self, name: str, position: int, out: np.ndarray[Any, Any], layers: Sequence[int] | None) -> None:
+    def _read_rows(self, name: str, position: int, out: np.ndarray[Any, Any], layers: Sequence[int] | None) -> None:
         at_work()
         start, length = self._place(position)
         page = self.manifest.page_tokens
@@ -240,13 +296,10 @@ class PartReader:
             self._quantizer.decode_page(name, stored, out[first : first + page], page, self._dtype, layers)
 
     def _place(self, position: int) -> tuple[int, int]:
-        """First row and number of rows of a sample."""
-        if self._stamp != self._found_stamp():
+        """Return first row and number of rows of a sample."""
+        if self._stamp != self._current_stamp():
             raise StoreError(f"{self.path} was written again since it was opened; open the store again")
-        start, length = int(self.starts[position]), int(self.lengths[position])
-        if start % self.manifest.page_tokens or min(start, length) < 0 or start + length > self.attributes["num_rows"]:
-            raise DamagedStoreError(f"{self.path}: sample {self.ids[position]!r} has rows outside the part")
-        return start, length
+        return int(self.starts[position]), int(self.lengths[position])
 
     def _entry(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape of a row of an array, and its on-disk dtype."""
@@ -269,28 +322,7 @@ class PartReader:
             if rows or name not in self.pages
         }
 
-    def _array(self, name: str, rows: int, dtype: str, shape: tuple[int, ...] | None = None) -> np.ndarray[Any, Any]:
-        """A small array, whole; its files are compared with the table, so that its metadata cannot lie either."""
-        import zarr
-
-        folder = self.path / name
-        try:
-            for file, (_, checksum) in self.attributes["files"].items():
-                if self._check and file.startswith(f"{name}/"):
-                    with reading(self.path / file):
-                        if file_crc32c(self.path / file) != checksum:
-                            raise DamagedStoreError(f"{self.path}/{file}: checksum mismatch")
-            found = np.asarray(zarr.open_array(folder, mode="r")[:])
-        except StoreError:
-            raise
-        except Exception as error:  # Of Zarr's many, all mean that it could not make sense of the files.
-            raise DamagedStoreError(f"{folder}: {error}") from error
-        inner = found.shape[1:] if shape is None else shape
-        if found.shape != (rows, *inner) or (dtype != "T" and found.dtype != np.dtype(dtype)):
-            raise DamagedStoreError(f"{folder}: holds {found.dtype} {found.shape}, expected {dtype} ({rows}, ...)")
-        return found
-
-    def _found_stamp(self) -> tuple[int, ...]:
+    def _current_stamp(self) -> tuple[int, ...]:
         try:
             return file_stamp(self._header)
         except OSError:

@@ -21,10 +21,11 @@ from .codec import Chunk
 from .extras import checked_extras
 from .files import disk_errors, file_table, fsync, fsync_tree, remove, write_protect
 from .fingerprint import digest_json
+from .index import INDEX_FILE, KV, PartIndex, encode_ids
 from .lock import Lock, at_work
 from .maker import is_gone, mark
 from .manifest import Manifest
-from .part import KV, ROW_ARRAYS, paged_arrays, part_name
+from .part import TOKEN_FIELDS, TOKENS, pack_tokens, paged_arrays, part_name
 from .prepare import Prepared, prepare
 from .sample import KVSample, Split
 from .scratch import scratch
@@ -56,7 +57,6 @@ class PartWriter:
         self._pages = {
             name: PageWriter(array, self._flush) for name, array in paged_arrays(manifest, self._folder).items()
         }
-        self._rows: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in ROW_ARRAYS}
         self._start = np.zeros(len(self.samples), np.int64)
         self._length = np.full(len(self.samples), -1, np.int32)
         self._split = np.zeros(len(self.samples), np.uint8)
@@ -69,7 +69,7 @@ class PartWriter:
         self._failed: dict[str, str] = {}
         layers = manifest.geometry.num_layers
         self._sums = {name: np.zeros((2, layers)) for name in KV}
-        self._tokens = 0
+        self._target_tokens = 0
         self._coverage: np.ndarray[Any, Any] | None = None
         self._arrays_begun = False
         with disk_errors(root):
@@ -122,17 +122,15 @@ class PartWriter:
             self._record(position, reason)
             return
         arrays = {name: array for ready in found.values() for name, array in ready.arrays.items()}
+        arrays |= {TOKENS: pack_tokens(sample)} | {name: a for name, a in extras.items() if name in self._pages}
         with disk_errors(self.root):
             self._start[position] = self._num_pages * page
-            for writer, chunk in self._encoded(arrays | {n: a for n, a in extras.items() if n in self._pages}):
+            for writer, chunk in self._encoded(arrays):
                 writer.write(chunk)
-        for name, dtype in ROW_ARRAYS.items():
-            rows = getattr(sample, name).astype(dtype)
-            self._rows[name].append(np.concatenate([rows, np.zeros((-tokens % page, *rows.shape[1:]), dtype)]))
         for name, array in self._per_sample.items():
             array[position] = extras[name]
         self._length[position] = tokens
-        self._tokens += int(sample.mask.sum())
+        self._target_tokens += int(sample.mask.sum())
         for name in KV:
             self._sums[name] += found[name].sums
         if coverage is not None:
@@ -173,10 +171,10 @@ class PartWriter:
                 "index": self.index,
                 "store": self.manifest.fingerprint,
                 "num_rows": self._num_pages * self.manifest.page_tokens,
+                "target_tokens": self._target_tokens,
                 "failed": self._failed,
                 "sources": sources or {},
                 "written_by": written_by,
-                "statistics": self._statistics(),
                 "coverage": coverage if self._coverage is None else self._coverage.tolist(),
                 "files": file_table(self._folder, {p: f for w in self._pages.values() for p, f in w.files.items()}),
             }
@@ -270,10 +268,6 @@ class PartWriter:
         for ready, chunk in waiting:
             yield ready, chunk.result()
 
-    def _statistics(self) -> dict[str, Any]:
-        sums = {name: {"sum": s[0].tolist(), "sum_of_squares": s[1].tolist()} for name, s in self._sums.items()}
-        return {"tokens": self._tokens, **sums}
-
     def _write_arrays(self) -> None:
         import zarr
 
@@ -291,18 +285,25 @@ class PartWriter:
                 shards=(page * paged.pages_per_shard, *tail),
                 fill_value=paged.fill_value,
                 compressors=paged.codec.zarr_codecs(np.dtype(paged.dtype).itemsize),
-                attributes={"dtype": paged.meaning},
+                attributes={"dtype": paged.meaning} | ({"fields": [*TOKEN_FIELDS]} if name == TOKENS else {}),
                 dimension_names=paged.axes,
             )
-        for name, dtype in ROW_ARRAYS.items():
-            shape = (0, 2) if name == "spans" else (0,)
-            _small_array(group, name, np.concatenate([np.zeros(shape, dtype), *self._rows[name]]), "token", "edge")
         _small_array(group, "start", self._start, "sample")
         _small_array(group, "length", self._length, "sample")
         _small_array(group, "split", self._split, "sample")
         _small_array(group, "sample_id", np.array(self._ids, dtype=object), "sample")
         for name, array in self._per_sample.items():
             _small_array(group, name, array, *self.manifest.extras[name].dimension_names)
+        index = PartIndex(
+            starts=self._start,
+            lengths=self._length,
+            splits=self._split,
+            encoded_ids=encode_ids(self._ids),
+            extras=self._per_sample,
+            sums=self._sums,
+            pages={name: writer.table for name, writer in self._pages.items()},
+        )
+        (self._folder / INDEX_FILE).write_bytes(index.save())
 
 
 def remove_leftovers(root: Path) -> None:

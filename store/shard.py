@@ -1,14 +1,15 @@
 """Zarr's sharding codec for arrays that are chunked along their first axis only.
 
 A shard is the chunks' bytes one after the other, then an index of `(offset, nbytes)` pairs and its CRC-32C. Writing it
-chunk by chunk needs the memory of one chunk; reading is one `preadv` for each. zarr-python reads the same files
-and is the oracle in the tests.
+chunk by chunk needs the memory of one chunk. Other readers of Zarr use that index; kava reads chunks by the page table
+of the part's index, which also lists the checksum that each chunk must have. zarr-python is the oracle in the tests.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import stat
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -21,7 +22,8 @@ import numpy as np
 
 from ..errors import DamagedStoreError
 from .codec import Chunk, Codec, crc32c
-from .files import read_all, reading
+from .files import reading
+from .hashing import FileHash
 from .scratch import scratch
 
 SHARD_BYTES: Final = 128 << 20
@@ -66,55 +68,83 @@ class PagedArray:
         return 16 * self.pages_per_shard + 4
 
     def shard_path(self, shard: int) -> Path:
-        """The file of a shard, by Zarr's default chunk key encoding."""
-        return self.folder.joinpath("c", str(shard), *["0"] * (len(self.page_shape) - 1))
+        """Return the path of a shard."""
+        return self.folder.parent / self.shard_name(shard)
+
+    def shard_name(self, shard: int) -> str:
+        """Return the name of a shard in its part, by Zarr's default chunk key encoding."""
+        return "/".join([self.folder.name, "c", str(shard), *["0"] * (len(self.page_shape) - 1)])
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """Where the chunks of an array are and which checksums they have; part of a part's index."""
+
+    nbytes: np.ndarray[Any, Any]
+    """`[pages]` uint32: bytes of each chunk, its stored checksum included."""
+    checksums: np.ndarray[Any, Any]
+    """`[pages]` uint32: CRC-32C of each chunk's payload."""
+
+    def offsets(self, pages_per_shard: int) -> np.ndarray[Any, Any]:
+        """Return the first byte `[pages]` of each chunk in its shard, where chunks follow each other without a gap."""
+        stops = np.cumsum(self.nbytes, dtype=np.int64)
+        starts = stops - self.nbytes
+        first = np.repeat(starts[::pages_per_shard], pages_per_shard)[: len(starts)]
+        return np.asarray(starts - first)
 
 
 @dataclass
 class PageWriter:
-    """Appends pages; a full shard is closed and the next one begun."""
+    """Writer of an array's pages, in order; a full shard is closed and the next one begun."""
 
     array: PagedArray
     on_shard: Callable[[Path], None] = lambda shard: None
-    """Called with the file of each shard that is whole."""
-    num_pages: int = 0
-    files: dict[Path, tuple[int, int]] = field(default_factory=dict)
-    """Size and CRC-32C of the shards that are closed."""
+    """Called with the path of each finished shard."""
+    files: dict[Path, tuple[int, str]] = field(default_factory=dict)
+    """Size and hash of each finished shard."""
     _file: BinaryIO | None = None
-    _index: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros((0, 2), "<u8"))
-    _offset: int = 0
-    _checksum: int = 0
+    _hash: FileHash = field(default_factory=FileHash)
+    _nbytes: list[int] = field(default_factory=list)
+    _checksums: list[int] = field(default_factory=list)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages written so far."""
+        return len(self._nbytes)
+
+    @property
+    def table(self) -> PageTable:
+        """The chunks written so far."""
+        return PageTable(np.array(self._nbytes, "<u4"), np.array(self._checksums, "<u4"))
 
     def write(self, chunk: Chunk) -> None:
-        """Writes the next page, as the array's codec encoded it."""
-        slot = self.num_pages % self.array.pages_per_shard
-        if slot == 0:
+        """Write the next page, encoded by the array's codec."""
+        if self.num_pages % self.array.pages_per_shard == 0:
             self._begin(self.num_pages // self.array.pages_per_shard)
         assert self._file is not None
-        chunk.write(self._file)
-        self._checksum = chunk.extend(self._checksum)
-        self._index[slot] = (self._offset, chunk.nbytes)
-        self._offset += chunk.nbytes
-        self.num_pages += 1
-        if slot == self.array.pages_per_shard - 1:
+        chunk.write(self._file, self._hash)
+        self._nbytes.append(chunk.nbytes)
+        self._checksums.append(chunk.checksum)
+        if self.num_pages % self.array.pages_per_shard == 0:
             self.close()
 
     def close(self) -> None:
-        """Writes the index of the open shard, if there is one."""
+        """Write the index of the open shard, if there is one."""
         if self._file is None:
             return
-        index = Chunk(self._index.tobytes(), crc32c(self._index))
-        index.write(self._file)
+        shard = (self.num_pages - 1) // self.array.pages_per_shard
+        entries = shard_index(self.array, self.table, shard)
+        Chunk(entries.tobytes(), crc32c(entries)).write(self._file, self._hash)
         self._file.close()
         self._file = None
-        shard = self.array.shard_path((self.num_pages - 1) // self.array.pages_per_shard)
-        self.files[shard] = (self._offset + index.nbytes, index.extend(self._checksum))
-        self.on_shard(shard)
+        path = self.array.shard_path(shard)
+        self.files[path] = (self._hash.size, self._hash.hexdigest)
+        self.on_shard(path)
 
     def abort(self) -> None:
-        """Closes the file without finishing the shard."""
+        """Close the file without finishing the shard."""
         if self._file is not None:
-            with suppress(OSError):  # What is still buffered does not fit on a full disk, and is not wanted.
+            with suppress(OSError):  # Buffered bytes that do not fit on a full disk are of no use anyway.
                 self._file.close()
             self._file = None
 
@@ -122,26 +152,50 @@ class PageWriter:
         path = self.array.shard_path(shard)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("wb")
-        self._index = np.full((self.array.pages_per_shard, 2), _EMPTY, "<u8")
-        self._offset = self._checksum = 0
+        self._hash = FileHash()
+
+
+def shard_index(array: PagedArray, table: PageTable, shard: int) -> np.ndarray[Any, Any]:
+    """Return the Zarr index of a shard: `[slots, 2]` uint64 `(offset, nbytes)`, all ones where a slot is empty."""
+    slots = array.pages_per_shard
+    pages = slice(shard * slots, (shard + 1) * slots)
+    entries = np.full((slots, 2), _EMPTY, "<u8")
+    used = len(table.nbytes[pages])
+    entries[:used, 0] = table.offsets(slots)[pages]
+    entries[:used, 1] = table.nbytes[pages]
+    return entries
 
 
 @dataclass
 class PageReader:
-    """Reads runs of pages; holds the shard indices it has seen, and no open files.
+    """Reader of runs of pages; it keeps no file open.
 
-    Several threads may read at once: each has a chunk and a page of scratch memory of its own.
+    Several threads may read at once: each has its own scratch memory for a chunk and a page.
     """
 
     array: PagedArray
-    num_pages: int
+    table: PageTable
+    sizes: list[int]
+    """Bytes of each shard's file."""
     check: bool = True
-    """Whether to compare each chunk with its checksum."""
-    _indices: dict[int, np.ndarray[Any, Any]] = field(default_factory=dict)
+    """Compare each chunk with its checksum."""
     _paths: dict[int, str] = field(default_factory=dict)
 
+    @property
+    def num_pages(self) -> int:
+        """Pages of the array."""
+        return len(self.table.nbytes)
+
+    def offset(self, page: int) -> int:
+        """Return the first byte of a chunk in its shard."""
+        return int(self._offsets[page])
+
+    @cached_property
+    def _offsets(self) -> np.ndarray[Any, Any]:
+        return self.table.offsets(self.array.pages_per_shard)
+
     def read(self, first: int, count: int) -> np.ndarray[Any, Any]:
-        """Pages `first .. first + count`, joined: `[count * page_tokens, ...]` in the on-disk dtype.
+        """Return pages `first .. first + count`, joined: `[count * page_tokens, ...]` in the on-disk dtype.
 
         Raises:
             DamagedStoreError: naming the chunk.
@@ -153,81 +207,85 @@ class PageReader:
         return out
 
     def read_into(self, first: int, out: np.ndarray[Any, Any], layers: Sequence[int] | None = None) -> None:
-        """Fills `out` with the rows from page `first` on.
+        """Fill `out` with the rows from page `first` on.
 
-        A page goes straight to where it belongs if `out` has room for all of it in one piece, else by way of a scratch
-        page; so no more than a page is held, however many rows there are.
+        A page is decoded into `out` if `out` has room for all of it in one piece, else by way of a scratch page; so no
+        more than a page is held in addition, however many rows there are.
 
         Args:
             first: the first page.
             out: `[rows, ...]` in the on-disk dtype; of a page that it cuts off, the first rows.
-            layers: which entries of the second axis `out` holds; None for all. Pages are decoded whole all the same.
+            layers: which entries of the second axis `out` holds; None for all. Pages are decoded whole in any case.
 
         Raises:
-            DamagedStoreError: naming the chunk; `out` holds some of the rows then.
+            DamagedStoreError: naming the chunk; `out` may hold some of the rows then.
         """
         rows = self.array.page_shape[0]
         count = -(-len(out) // rows)
         if first < 0 or first + count > self.num_pages:
             raise IndexError(f"pages {first}..{first + count} of {self.num_pages}")
         for shard, start, stop in self._runs(first, count):
-            path, index = self._path(shard), self.index(shard)[start:stop].tolist()
+            path = self._path(shard)
             with reading(path):
+                file = self._open(path, shard)
                 try:
-                    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                except FileNotFoundError:
-                    raise DamagedStoreError(f"{path}: the shard is missing") from None
-                try:
-                    for page, (offset, nbytes) in enumerate(index, shard * self.array.pages_per_shard + start):
-                        begin = (page - first) * rows
-                        try:
-                            self._read_page(file, offset, nbytes, out[begin : begin + rows], layers)
-                        except (DamagedStoreError, RuntimeError, ValueError, struct.error) as error:
-                            raise DamagedStoreError(f"{path}: chunk {page}: {error}") from error
+                    self._read_run(file, path, start, out[(start - first) * rows : (stop - first) * rows], layers)
                 finally:
                     os.close(file)
 
-    def _read_page(
-        self, file: int, offset: int, nbytes: int, out: np.ndarray[Any, Any], layers: Sequence[int] | None
-    ) -> None:
-        array, codec = self.array, self.array.codec
-        if layers is None and out.flags.c_contiguous:
-            if len(out) == array.page_shape[0]:
-                codec.read(file, offset, nbytes, out, check=self.check)
-                return
-            if codec.read_front(file, offset, nbytes, out, array.page_bytes, check=self.check):
-                return
-        page = scratch("page", array.page_bytes).view(array.dtype).reshape(array.page_shape)
-        codec.read(file, offset, nbytes, page, check=self.check)
-        if layers is None:
-            out[:] = page[: len(out)]
-            return
-        for place, layer in enumerate(layers):
-            out[:, place] = page[: len(out), layer]
-
-    def index(self, shard: int) -> np.ndarray[Any, Any]:
-        """The `(offset, nbytes)` pairs of a shard's chunks that hold data, in order."""
-        if shard not in self._indices:
-            self._indices[shard] = self._read_index(shard)
-        return self._indices[shard]
-
-    def _read_index(self, shard: int) -> np.ndarray[Any, Any]:
-        path, slots = self.array.shard_path(shard), self.array.pages_per_shard
-        tail = self.array.index_bytes
+    def _open(self, path: str, shard: int) -> int:
         try:
-            with reading(path), path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                data = read_all(file.fileno(), tail, max(0, size - tail))
+            # A pipe in the place of a shard must not block, a link is not followed.
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             raise DamagedStoreError(f"{path}: the shard is missing") from None
-        if len(data) < tail or struct.unpack("<I", data[-4:])[0] != crc32c(data[:-4]):
-            raise DamagedStoreError(f"{path}: the shard's index is damaged")
-        index = np.frombuffer(data[:-4], "<u8").reshape(slots, 2)
-        used = index[: min(slots, self.num_pages - shard * slots)]
-        # Each alone first: a sum of two such numbers could wrap around.
-        if bool((used > size - tail).any()) or bool((used.sum(axis=1) > size - tail).any()):
-            raise DamagedStoreError(f"{path}: the shard's index points outside its file")
-        return used
+        found = os.fstat(file)
+        if not stat.S_ISREG(found.st_mode) or found.st_size != self.sizes[shard]:
+            os.close(file)
+            if not stat.S_ISREG(found.st_mode):
+                raise DamagedStoreError(f"{path}: not a regular file")
+            raise DamagedStoreError(f"{path}: the shard has {found.st_size} bytes, expected {self.sizes[shard]}")
+        return file
+
+    def _read_run(
+        self, file: int, path: str, first: int, out: np.ndarray[Any, Any], layers: Sequence[int] | None
+    ) -> None:
+        """Read the pages of one shard from page `first` of the array on."""
+        array, rows = self.array, self.array.page_shape[0]
+        page = done = first
+        stop = first + -(-len(out) // rows)
+        checksums: list[int | None] = [None] * (stop - first)
+        if self.check:
+            checksums = self.table.checksums[first:stop].tolist()
+        try:
+            if not array.codec.compress and layers is None and out.flags.c_contiguous:
+                done += array.codec.read_run(file, self.offset(first), out, rows, checksums)
+            for page in range(done, stop):
+                begin = (page - first) * rows
+                self._read_page(file, page, out[begin : begin + rows], layers, checksums[page - first])
+        except (DamagedStoreError, RuntimeError, ValueError, struct.error) as error:
+            raise DamagedStoreError(f"{path}: chunk {page}: {error}") from error
+
+    def _read_page(
+        self,
+        file: int,
+        page: int,
+        out: np.ndarray[Any, Any],
+        layers: Sequence[int] | None,
+        checksum: int | None,
+    ) -> None:
+        array, codec = self.array, self.array.codec
+        offset, nbytes = self.offset(page), int(self.table.nbytes[page])
+        if layers is None and len(out) == array.page_shape[0] and out.flags.c_contiguous:
+            codec.read(file, offset, nbytes, out, checksum)
+            return
+        rows = scratch("page", array.page_bytes).view(array.dtype).reshape(array.page_shape)
+        codec.read(file, offset, nbytes, rows, checksum)
+        if layers is None:
+            out[:] = rows[: len(out)]
+            return
+        for place, layer in enumerate(layers):
+            out[:, place] = rows[: len(out), layer]
 
     def _path(self, shard: int) -> str:
         if shard not in self._paths:
@@ -235,9 +293,10 @@ class PageReader:
         return self._paths[shard]
 
     def _runs(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """Yield `(shard, first page, stop page)` for each shard that the pages are in."""
         slots, stop = self.array.pages_per_shard, first + count
         while first < stop:
-            shard, start = divmod(first, slots)
-            end = min(slots, start + stop - first)
-            yield shard, start, end
-            first += end - start
+            shard = first // slots
+            end = min(stop, (shard + 1) * slots)
+            yield shard, first, end
+            first = end

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import threading
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +19,7 @@ from .fingerprint import digest_json
 from .geometry import KVGeometry
 from .lock import Lock
 from .manifest import Manifest
+from .open_parts import OpenParts
 from .part import part_name
 from .part_reader import PartReader
 from .part_writer import PartWriter, remove_leftovers
@@ -35,15 +33,8 @@ if TYPE_CHECKING:
 
     from .verify import Damage
 
-_OPEN_PARTS: Final = 64
 _ASIDE: Final = ".aside-"
 _CLAIM: Final = ".claim-"
-
-_PARTS: Final = threading.Lock()
-"""Held for the few moments in which the table of open parts changes, of whichever store."""
-
-# A process that is forked off while another thread holds the lock would wait for it forever.
-os.register_at_fork(before=_PARTS.acquire, after_in_parent=_PARTS.release, after_in_child=_PARTS.release)
 
 
 class KVStore(Sequence[KVSample]):
@@ -51,7 +42,7 @@ class KVStore(Sequence[KVSample]):
 
     def __init__(self, path: Path, manifest: Manifest, *, check: bool = True) -> None:
         self.path, self.manifest, self.check = path, manifest, check
-        self._parts: OrderedDict[int, PartReader] = OrderedDict()
+        self._parts = OpenParts()
 
     @classmethod
     def open(cls, path: str | Path, *, check: bool = True) -> KVStore:
@@ -100,7 +91,7 @@ class KVStore(Sequence[KVSample]):
         with disk_errors(path):
             (path / "parts").mkdir(parents=True, exist_ok=True)
         for folder in (path / "parts", path):
-            attributes = {"kava": manifest.model_dump(mode="json")} if folder == path else {}
+            attributes = manifest.to_attributes() if folder == path else {}
             write_atomic(folder / "zarr.json", header_bytes(attributes))
         return cls(path, manifest)
 
@@ -110,7 +101,7 @@ class KVStore(Sequence[KVSample]):
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs: it opens parts itself."""
-        return {"path": self.path, "manifest": self.manifest, "check": self.check, "_parts": OrderedDict()}
+        return {"path": self.path, "manifest": self.manifest, "check": self.check, "_parts": OpenParts()}
 
     def __len__(self) -> int:
         return self.manifest.num_samples
@@ -242,18 +233,22 @@ class KVStore(Sequence[KVSample]):
         return dask_array(self, "values")
 
     def part(self, index: int) -> PartReader:
-        """The reader of a part; a bounded number of them is kept open."""
-        with _PARTS:
-            if (found := self._parts.get(index)) is not None:
-                self._parts.move_to_end(index)
-                return found
-        made = PartReader(self.path, self.manifest, index, check=self.check)
-        with _PARTS:  # Another thread may have opened it meanwhile: all use the first.
-            found = self._parts.setdefault(index, made)
-            self._parts.move_to_end(index)
-            while len(self._parts) > _OPEN_PARTS:
-                self._parts.popitem(last=False)
-            return found
+        """Return the reader of a part; those used last are kept open.
+
+        Raises:
+            StoreNotFoundError: if the part has not been written.
+            DamagedStoreError: if its table or its index is damaged.
+        """
+        return self._parts.get(index, lambda: PartReader(self.path, self.manifest, index, check=self.check))
+
+    def check_files(self) -> None:
+        """Check that every file of every written part exists with its size, without reading it.
+
+        Raises:
+            DamagedStoreError: naming the first part that is damaged.
+        """
+        for part in self._there():
+            part.check_files()
 
     def committed_parts(self) -> list[int]:
         """Numbers of the parts that are written; what lies in a part's place and is none counts, as a damaged one."""
@@ -290,20 +285,16 @@ class KVStore(Sequence[KVSample]):
 
     def drop_part(self, index: int) -> None:
         """Removes a part, so that it is written again; derived parts notice by its digest."""
-        self._forget(index)
+        self._parts.forget(index)
         with disk_errors(self.path):
             doomed = self.path / "parts" / f".drop-{part_name(index)}"
             remove(doomed)
             (self.path / "parts" / part_name(index)).rename(doomed)
             remove(doomed)
 
-    def _forget(self, index: int) -> None:
-        with _PARTS:
-            self._parts.pop(index, None)
-
     def set_aside(self, index: int) -> None:
         """Takes a part out, but keeps it under a hidden name until it is written again: see `remove_set_aside`."""
-        self._forget(index)
+        self._parts.forget(index)
         with disk_errors(self.path):
             hidden = self.path / "parts" / f"{_ASIDE}{part_name(index)}"
             remove(hidden)
@@ -317,27 +308,31 @@ class KVStore(Sequence[KVSample]):
                     remove(self.path / "parts" / f"{_ASIDE}{part_name(index)}")
 
     def indices(self, split: Split | None = None) -> list[int]:
-        """Samples that are written and did not fail, of one split or of all."""
-        return [
-            self.manifest.part_samples(number)[position]
-            for number in self.committed_parts()
-            for position, found in enumerate(self.part(number).splits.tolist())
-            if (split is None or found == int(split)) and position not in self.part(number).failed
-        ]
+        """Return the samples that are written and did not fail, of one split or of all."""
+        indices: list[int] = []
+        for number in self.committed_parts():
+            part = self.part(number)
+            good = np.ones(len(part), np.bool_) if split is None else part.splits == int(split)
+            good[list(part.failed)] = False
+            indices += (np.flatnonzero(good) + self.manifest.part_samples(number).start).tolist()
+        return indices
 
-    @cached_property
-    def index_of(self) -> dict[str, int]:
-        """Sample id to index, for the parts that were written when this was first asked."""
-        return {
-            sample_id: self.manifest.part_samples(number)[position]
-            for number in self.committed_parts()
-            for position, sample_id in enumerate(self.part(number).ids)
-        }
+    def indices_of(self, sample_ids: Collection[str]) -> dict[str, int]:
+        """Return the index of each of these samples by its id; ids that no written part has are left out."""
+        wanted, indices = frozenset(sample_ids), {}
+        for number in self.committed_parts():
+            samples = self.manifest.part_samples(number)
+            for position, sample_id in enumerate(self.part(number).ids):
+                if sample_id in wanted:
+                    indices[sample_id] = samples[position]
+            if len(indices) == len(wanted):
+                break
+        return indices
 
     @property
     def failed(self) -> dict[str, str]:
         """Ids of failed samples, with the reason."""
-        return {part.ids[position]: reason for part in self._there() for position, reason in part.failed.items()}
+        return {part.sample_id(position): reason for part in self._there() for position, reason in part.failed.items()}
 
     @property
     def lengths(self) -> np.ndarray[Any, Any]:
@@ -361,14 +356,19 @@ class KVStore(Sequence[KVSample]):
     def statistics(self) -> dict[str, np.ndarray[Any, Any]]:
         """Per layer, over all tokens with a target: `keys_mean`, `keys_std`, `values_mean`, `values_std`, each `[l]`.
 
-        Read from the parts' attributes; no tensor is touched.
+        Read from the parts' indices; no tensor is touched.
         """
-        parts = [self.part(number).statistics for number in self.committed_parts()]
-        count = sum(p["tokens"] for p in parts) * self.geometry.width
+        names = ("keys", "values")
+        totals = {name: np.zeros((2, self.geometry.num_layers)) for name in names}
+        tokens = 0
+        for part in map(self.part, self.committed_parts()):
+            tokens += part.target_tokens
+            for name in names:
+                totals[name] += part.sums[name]
+        count = tokens * self.geometry.width
         out: dict[str, np.ndarray[Any, Any]] = {}
-        for name in ("keys", "values"):
-            total = np.sum([p[name]["sum"] for p in parts], axis=0) if parts else np.zeros(self.geometry.num_layers)
-            squares = np.sum([p[name]["sum_of_squares"] for p in parts], axis=0) if parts else total
+        for name in names:
+            total, squares = totals[name]
             mean = total / max(count, 1)
             out[f"{name}_mean"] = mean
             out[f"{name}_std"] = np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 0))
@@ -379,7 +379,7 @@ class KVStore(Sequence[KVSample]):
 
         Text tokens; those with a target; those that end where a token of the parent ends.
         """
-        found = [part.coverage for part in self._there() if part.coverage is not None]
+        found = [coverage for part in self._there() if (coverage := part.coverage) is not None]
         if not found:
             return {}
         totals = np.sum(found, axis=0).tolist()

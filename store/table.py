@@ -1,14 +1,16 @@
 """A part's table, read as if a stranger had written it.
 
-Nothing of a part is read before its table was checked: that it is what its digest says, that every field is there and
-of its type, that it names files inside the part alone, and that those are plain files of the size that was written.
+Nothing of a part is read before its table was checked: its digest, and the presence and type of every field. The table
+names every other file with size and hash; the index, which everything else is read by, is compared with its hash.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import stat
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
@@ -16,38 +18,27 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from ..errors import DamagedStoreError, StoreNotFoundError
 from .files import reading
 from .fingerprint import digest_json
+from .hashing import hash_bytes
+from .index import INDEX_FILE, MAX_INDEX_BYTES
 from .sample import Segment
 
 if TYPE_CHECKING:
     from .manifest import Manifest
 
 
-class _Checked(BaseModel):
+class _Table(BaseModel):
     model_config = ConfigDict(strict=True)
 
-
-class _Sums(_Checked):
-    sum: list[float]
-    sum_of_squares: list[float]
-
-
-class _Statistics(_Checked):
-    tokens: NonNegativeInt
-    keys: _Sums
-    values: _Sums
-
-
-class _Table(_Checked):
     index: NonNegativeInt
     store: str
     num_rows: NonNegativeInt
+    target_tokens: NonNegativeInt
     failed: dict[str, str]
     sources: dict[str, str]
     written_by: str = ""
     content: str | None = None
-    statistics: _Statistics
     coverage: list[Annotated[list[int], Field(min_length=3, max_length=3)]] | None = None
-    files: dict[str, Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2)]]
+    files: dict[str, Annotated[list[int | str], Field(min_length=2, max_length=2)]]
     digest: str
 
 
@@ -78,14 +69,20 @@ def header_bytes(attributes: dict[str, Any]) -> bytes:
 
 
 def read_table(root: Path, manifest: Manifest, index: int, folder: Path) -> dict[str, Any]:
-    """The table of part `index` of the store at `root`, which lies at `folder`; checked, with the files it names.
+    """Read and check the table of a part; the files that it names are not looked at.
+
+    Args:
+        root: the store.
+        manifest: its manifest.
+        index: number of the part.
+        folder: folder of the part.
 
     Raises:
-        StoreNotFoundError: if the part is not written yet.
-        DamagedStoreError: if it is not as it was written, or belongs to another store or place.
+        StoreNotFoundError: if the part has not been written.
+        DamagedStoreError: if the table is not as it was written, or belongs to another store or place.
     """
     header = folder / "zarr.json"
-    _check_folder(folder)
+    _check_folder(str(folder))
     try:
         with reading(header):
             table = read_header(header)["kava_part"]
@@ -106,52 +103,103 @@ def read_table(root: Path, manifest: Manifest, index: int, folder: Path) -> dict
         raise DamagedStoreError(f"{header}: not readable: {error}") from None
     if table["store"] != manifest.fingerprint or table["index"] != index:
         raise DamagedStoreError(f"{folder}: this part belongs to another store or place")
-    _check_fields(header, manifest, index, table)
-    _check_files(folder, table["files"])
+    samples = len(manifest.part_samples(index))
+    for field, good in (
+        ("failed", all(_is_position(name, samples) for name in table["failed"])),
+        ("num_rows", table["num_rows"] % manifest.page_tokens == 0),
+        ("coverage", table.get("coverage") is None or len(table["coverage"]) == len(Segment)),
+        ("files", all(_is_entry(*entry) for entry in table["files"].values())),
+    ):
+        if not good:
+            raise DamagedStoreError(f"{header}: field {field!r} does not fit the manifest")
+    for name in table["files"]:
+        if not all(name.split("/")) or {".", ".."} & {*name.split("/")} or "\0" in name:
+            raise DamagedStoreError(f"{folder}: the table names {name!r}, which is no file of a part")
     return dict(table)
 
 
-def _check_fields(header: Path, manifest: Manifest, index: int, table: dict[str, Any]) -> None:
-    positions = {str(position) for position in range(len(manifest.part_samples(index)))}
-    layers = manifest.geometry.num_layers
-    sums = [table["statistics"][name][kind] for name in ("keys", "values") for kind in ("sum", "sum_of_squares")]
-    for field, right in (
-        ("failed", table["failed"].keys() <= positions),
-        ("num_rows", table["num_rows"] % manifest.page_tokens == 0),
-        ("statistics", all(len(numbers) == layers for numbers in sums)),
-        ("coverage", table.get("coverage") is None or len(table["coverage"]) == len(Segment)),
-    ):
-        if not right:
-            raise DamagedStoreError(f"{header}: field {field!r} does not fit the manifest")
+def read_index(folder: Path, table: Mapping[str, Any]) -> bytes:
+    """Return the bytes of a part's index file, which must have the hash that the table names.
+
+    Raises:
+        DamagedStoreError: if it is missing, no plain file, or not as it was written.
+    """
+    path = f"{folder}/{INDEX_FILE}"
+    size, digest = table["files"].get(INDEX_FILE, (0, ""))
+    if not 0 < size <= MAX_INDEX_BYTES:
+        raise DamagedStoreError(f"{folder}: the table names no {INDEX_FILE} that could be read")
+    try:
+        with reading(path):
+            data = read_plain(path, size)
+    except FileNotFoundError:
+        raise DamagedStoreError(f"{folder}: the file {INDEX_FILE} is missing") from None
+    if len(data) != size or hash_bytes(data) != digest:
+        raise DamagedStoreError(f"{path}: not as it was written")
+    return data
 
 
-def _check_files(folder: Path, files: dict[str, list[int]]) -> None:
-    folders: set[PurePosixPath] = set()
+def read_plain(path: str, limit: int) -> bytes:
+    """Read at most `limit` bytes of a regular file; a link is not followed, and a pipe in its place does not block.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        DamagedStoreError: if it is no regular file, or a longer one.
+        OSError: if it cannot be read.
+    """
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        found = os.fstat(file)
+        if not stat.S_ISREG(found.st_mode):
+            raise DamagedStoreError(f"{path}: not a regular file")
+        if found.st_size > limit:
+            raise DamagedStoreError(f"{path}: has {found.st_size} bytes, expected at most {limit}")
+        data = b""
+        while len(data) < found.st_size and (more := os.pread(file, found.st_size - len(data), len(data))):
+            data += more
+        return data
+    finally:
+        os.close(file)
+
+
+def check_files(folder: Path, files: Mapping[str, Sequence[Any]]) -> None:
+    """Check that the files of a part are regular files of the size that its table names; their content is not read.
+
+    Raises:
+        DamagedStoreError: naming the first file that is not.
+    """
+    checked: set[str] = set()
     for name, (size, _) in files.items():
-        path = PurePosixPath(name)
-        if not name or path.is_absolute() or ".." in path.parts or "\0" in name or path.as_posix() != name:
-            raise DamagedStoreError(f"{folder}: the table names {name!r}, which is no file of a part")
-        for inner in path.parents:
-            if inner not in folders:
-                _check_folder(folder / inner)
-                folders.add(inner)
+        parts = name.split("/")
+        for depth in range(len(parts)):
+            inner = "/".join([str(folder), *parts[:depth]])
+            if inner not in checked:
+                _check_folder(inner)
+                checked.add(inner)
         try:
-            found = (folder / name).lstat()
+            found = os.lstat(f"{folder}/{name}")
         except FileNotFoundError:
             raise DamagedStoreError(f"{folder}: the file {name} is missing") from None
         except OSError as error:
             raise DamagedStoreError(f"{folder}: the file {name} cannot be read: {error.strerror}") from None
         if not stat.S_ISREG(found.st_mode):
-            raise DamagedStoreError(f"{folder}: {name} is a link or no file; what is outside a part is not read")
+            raise DamagedStoreError(f"{folder}: {name} is not a regular file; links are not followed")
         if found.st_size != size:
             raise DamagedStoreError(f"{folder}: the file {name} has {found.st_size} bytes, expected {size}")
 
 
-def _check_folder(folder: Path) -> None:
-    """A store may lie behind a link, a part and what is in it may not: nobody else's bytes are taken for its own."""
+def _is_position(name: str, samples: int) -> bool:
+    return name.isascii() and name.isdecimal() and len(name) < 20 and int(name) < samples and name == str(int(name))
+
+
+def _is_entry(size: object, digest: object) -> bool:
+    return isinstance(size, int) and 0 <= size < 1 << 62 and isinstance(digest, str)
+
+
+def _check_folder(folder: str) -> None:
+    """Refuse a link: a store may lie behind one, a part and what is in it may not."""
     try:
-        mode = folder.lstat().st_mode
+        mode = os.lstat(folder).st_mode
     except OSError:
-        return  # Whoever reads from it says what is missing.
+        return  # Whoever reads from it reports what is missing.
     if not stat.S_ISDIR(mode):
         raise DamagedStoreError(f"{folder}: a link or a file where a folder was written; links are not followed")

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from numcodecs import VLenUTF8, Zstd
 
 from ..errors import DamagedStoreError, StoreError
 from .cpus import num_cpus
-from .files import file_crc32c, reading
+from .files import reading
+from .hashing import hash_file
+from .index import INDEX_FILE
+from .part import part_name
 from .part_reader import PartReader
-from .table import header_bytes
+from .shard import shard_index
+from .table import check_files, header_bytes, read_table
 
 if TYPE_CHECKING:
     from .store import KVStore
+
+_NO_STRINGS: Final = bytes(4)
+"""An encoded array of no strings."""
 
 
 @dataclass(frozen=True)
@@ -86,61 +94,74 @@ def _verify_headers(store: KVStore) -> list[Damage]:
 
 
 def verify_part(store: KVStore, number: int) -> list[Damage]:
-    """Checks one part: its table, each file's checksum, each chunk, each sample's rows."""
+    """Check one part: table, index, the hash of every file, every chunk, and that the small arrays equal the index."""
+    file = "zarr.json"
     try:
+        read_table(store.path, store.manifest, number, store.path / "parts" / part_name(number))
+        file = INDEX_FILE
         part = PartReader(store.path, store.manifest, number)
     except StoreError as error:
-        return [Damage(number, "zarr.json", None, (), str(error))]
-    broken = {}
-    for name, (_, checksum) in part.attributes["files"].items():
+        return [Damage(number, file, None, (), str(error))]
+    files = part.table["files"]
+    absent, changed = {}, {}
+    for name, (size, digest) in files.items():
+        array = name.split("/")[0]
         try:
+            check_files(part.path, {name: (size, digest)})
             with reading(part.path / name):
-                if file_crc32c(part.path / name) != checksum:
-                    broken[name] = "checksum mismatch"
-        except (DamagedStoreError, FileNotFoundError) as error:
-            broken[name] = _reason(error)
+                if hash_file(part.path / name) != digest:
+                    changed[array] = "not as it was written"
+        except StoreError as error:
+            absent[array] = _reason(error)
     present = {p.relative_to(part.path).as_posix() for p in part.path.rglob("*") if not p.is_dir() or p.is_symlink()}
-    found = [
-        Damage(number, name, None, (), "a file that was not written by kava")
-        for name in sorted(present - part.attributes["files"].keys() - {"zarr.json"})
-    ]
-    arrays = {name.split("/")[0]: reason for name, reason in broken.items()}
-    found += [Damage(number, a, None, (), reason) for a, reason in sorted(arrays.items()) if a not in part.pages]
-    if found:
-        return found
-    try:
-        found += _rows(part)
-    except StoreError as error:
-        return [Damage(number, "zarr.json", None, (), str(error))]
-    for name in part.pages:
-        damaged = list(_chunks(part, name))
-        if not damaged and name in arrays:
-            damaged = [Damage(number, name, None, (), f"{arrays[name]} outside the chunks")]
-        found += damaged
-    return found
+    unknown = sorted(present - files.keys() - {"zarr.json"})
+    damages = [Damage(number, name, None, (), "a file that was not written by kava") for name in unknown]
+    damages += [Damage(number, array, None, (), reason) for array, reason in sorted(absent.items())]
+    for array in sorted({*part.pages, *changed} - absent.keys()):
+        chunks = list(_chunks(part, array)) if array in part.pages else []
+        if array in changed and not chunks:
+            chunks = [Damage(number, array, None, (), changed[array])]
+        damages += chunks
+    if not damages:
+        damages += _differences(part)
+    return damages
+
+
+def _differences(part: PartReader) -> Iterator[Damage]:
+    """Compare what other Zarr readers read, small arrays and shard indices, with the part's index."""
+    index = part.part_index
+    small: dict[str, np.ndarray[Any, Any]] = {"start": index.starts, "length": index.lengths, "split": index.splits}
+    for name, array in (small | dict(index.extras)).items():
+        if _small_array(part, name) != np.ascontiguousarray(array).tobytes():
+            yield Damage(part.index, name, None, (), "differs from the part's index")
+    if VLenUTF8().decode(_small_array(part, "sample_id") or _NO_STRINGS).tolist() != index.ids:
+        yield Damage(part.index, "sample_id", None, (), "differs from the part's index")
+    for name, pages in part.pages.items():
+        for shard in range(len(pages.sizes)):
+            entries = shard_index(pages.array, pages.table, shard).tobytes()
+            data = pages.array.shard_path(shard).read_bytes()
+            if data[-pages.array.index_bytes : -4] != entries:
+                yield Damage(part.index, name, None, (), f"the index of shard {shard} differs from the part's index")
+
+
+def _small_array(part: PartReader, name: str) -> bytes:
+    """Return the decoded bytes of a small array, which is one chunk; none if it has no entries."""
+    chunks = [file for file in part.table["files"] if file.startswith(f"{name}/c/")]
+    return b"".join(Zstd().decode((part.path / chunk).read_bytes()[:-4]) for chunk in chunks)
 
 
 def _reason(error: Exception) -> str:
     return "the file is missing" if isinstance(error, FileNotFoundError) else str(error).rsplit(": ", 1)[-1]
 
 
-def _rows(part: PartReader) -> list[Damage]:
-    stop = part.starts + part.lengths
-    wrong = (part.starts % part.manifest.page_tokens != 0) | (part.lengths < 0) | (stop > part.attributes["num_rows"])
-    return [Damage(part.index, "start", None, (part.ids[i],), "rows outside the part") for i in np.flatnonzero(wrong)]
-
-
-def _chunks(part: PartReader, name: str) -> list[Damage]:
+def _chunks(part: PartReader, name: str) -> Iterator[Damage]:
+    """Decode every chunk of a paged array."""
     reader, page_tokens = part.pages[name], part.manifest.page_tokens
-    owner = {}
-    for position, (start, length) in enumerate(zip(part.starts.tolist(), part.lengths.tolist(), strict=True)):
-        for page in range(start // page_tokens, -(-(start + length) // page_tokens) if length else 0):
-            owner[page] = part.ids[position]
-    found = []
     for page in range(reader.num_pages):
         try:
             reader.read(page, 1)
         except DamagedStoreError as error:
-            samples = (owner[page],) if page in owner else ()
-            found.append(Damage(part.index, name, page, samples, _reason(error)))
-    return found
+            first = page * page_tokens
+            owners = np.flatnonzero((part.starts <= first) & (first < part.starts + part.lengths)).tolist()
+            samples = tuple(part.sample_id(position) for position in owners)
+            yield Damage(part.index, name, page, samples, _reason(error))

@@ -43,21 +43,22 @@ def inspect_store(
 
 
 def _facts(store: KVStore) -> dict[str, Any]:
-    parts = [store.part(number) for number in store.committed_parts()]
-    lengths = np.concatenate([p.lengths for p in parts]) if parts else np.zeros(0, np.int32)
+    lengths, segments = store.lengths, np.zeros(len(Segment), np.int64)
+    samples, target_tokens, parts = dict.fromkeys(Split, 0), 0, store.committed_parts()
+    for part in map(store.part, parts):
+        segments += part.tokens_by_segment()
+        target_tokens += part.target_tokens
+        for split in Split:
+            samples[split] += int((part.splits == int(split)).sum())
     real = lengths[lengths > 0]
-    segments = sum(
-        (np.bincount(p.rows["segments"], minlength=len(Segment)) for p in parts), np.zeros(len(Segment), int)
-    )
-    splits = np.concatenate([p.splits for p in parts]) if parts else np.zeros(0, np.uint8)
     raw = int(real.sum()) * store.geometry.bytes_per_token(store.dtype.itemsize)
     disk = store.size_on_disk()
     return {
         "parts": f"{len(parts)} of {store.manifest.num_parts}",
-        "samples": {s.name.lower(): int((splits == int(s)).sum()) for s in Split},
+        "samples": {split.name.lower(): count for split, count in samples.items()},
         "failed": len(store.failed),
         "tokens": int(real.sum()),
-        "tokens_with_target": sum(p.statistics["tokens"] for p in parts),
+        "tokens_with_target": target_tokens,
         "tokens_per_sample": [int(real.min()), int(np.median(real)), int(real.max())] if len(real) else [],
         "tokens_by_segment": {s.name.lower(): int(segments[s]) for s in Segment if s},
         "coverage": store.coverage(),
@@ -199,8 +200,8 @@ def _columns(sample: KVSample) -> dict[str, list[str]]:
 
 
 def _find(store: KVStore, sample: str) -> int:
-    if sample in store.index_of:
-        return store.index_of[sample]
+    if indices := store.indices_of([sample]):
+        return indices[sample]
     if sample.lstrip("-").isdigit() and -len(store) <= int(sample) < len(store):
         return int(sample) % len(store)
     raise StoreError(f"{store.path}: there is no sample {sample!r}; give a number below {len(store)} or an id")

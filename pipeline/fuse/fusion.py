@@ -191,7 +191,7 @@ def measure_fusion(
         {name: np.stack([found[f"{name}_{which}"] for found in statistics]) for name in NAMES}
         for which in ("mean", "std")
     )
-    covered = np.array([any(s.part(n).statistics["tokens"] for n in s.committed_parts()) for s in stores.values()])
+    covered = np.array([any(s.part(n).target_tokens for n in s.committed_parts()) for s in stores.values()])
     for k, (teacher, store) in enumerate(stores.items()):
         for name in NAMES:
             if covered[k] and len(flat := np.flatnonzero(~(std[name][k] > 0))):

@@ -44,7 +44,7 @@ class FusePart:
                 try:
                     writer.append(position, view.sample(view.manifest.part_samples(part)[position]))
                 except SampleFailedError as error:
-                    writer.fail(position, first.ids[position], Split(int(first.splits[position])), str(error))
+                    writer.fail(position, first.sample_id(position), Split(int(first.splits[position])), str(error))
             writer.commit(sources(view.stores, part, view.fusion.key))
         return part
 
@@ -188,8 +188,9 @@ def measured(run: Run, stores: dict[str, KVStore], manifest: Manifest) -> Fusion
             fusion = Fusion.load(path)
             if fusion.key == key:
                 return fusion
-        at = next(iter(stores.values())).index_of
-        calibration = [at[record.sample_id] for record in run.calibration.records]
+        ids = [record.sample_id for record in run.calibration.records]
+        indices = next(iter(stores.values())).indices_of(ids)
+        calibration = [indices[sample_id] for sample_id in ids]
         fusion = measure_fusion(stores, manifest, settings.weighting(run.recipe.fused_teachers), calibration)
         fusion.save(path)
         return fusion

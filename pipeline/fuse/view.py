@@ -148,7 +148,7 @@ class FusedTargets(Sequence[KVSample]):
         """Ids of the samples that failed in every teacher, with the reasons."""
         missing = {*self.missing_parts()}
         return {
-            self._first.part(number).ids[position]: self._reason(number, position)
+            self._first.part(number).sample_id(position): self._reason(number, position)
             for number in range(self.manifest.num_parts)
             if number not in missing
             for position in sorted({*range(len(self.manifest.part_samples(number)))} - {*self._good(number)})

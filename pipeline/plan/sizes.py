@@ -127,7 +127,7 @@ def _measure(description: str) -> tuple[float, float, int]:
             everything = [path for path in inside.rglob("*") if path.is_file()]
             files = len(everything)
             sizes.append(sum(path.stat().st_size for path in everything) - _in_shards(store))
-            rows.append(store.part(0).attributes["num_rows"])
+            rows.append(store.part(0).num_rows)
     slope = (sizes[1] - sizes[0]) / (rows[1] - rows[0])
     return sizes[0] - slope * rows[0], slope, files
 

@@ -64,7 +64,7 @@ def test_lossless_is_the_store_that_would_have_been_written(source: KVStore, tmp
         mine, theirs = made.part(number), source.part(number)
         assert mine.content == theirs.content == theirs.digest != mine.digest
         kept = ("sources", "written_by", "statistics", "coverage", "failed", "num_rows", "store")
-        assert [mine.attributes[n] for n in kept] == [theirs.attributes[n] for n in kept]
+        assert [mine.table[n] for n in kept] == [theirs.table[n] for n in kept]
     back = transcode_store(made, tmp_path / "back.zarr", "blosc-zstd", scheduler="synchronous")
     files = [
         {name: data for name, data in tree(store.path).items() if not re.fullmatch(r"parts/\d+/zarr.json", name)}

@@ -59,7 +59,7 @@ def everything(path: Path, part: int | None = None) -> dict[Any, bytes]:
                 found["sources", number] = repr((store.part(number).sources, store.part(number).written_by)).encode()
         if part is not None:
             return found
-        for name in ("statistics", "failed", "indices", "num_tokens", "index_of"):
+        for name in ("statistics", "failed", "indices", "num_tokens", "lengths"):
             with told():
                 value = getattr(store, name)
                 found["store", name] = repr(value() if callable(value) else value).encode()

@@ -11,6 +11,7 @@ import pytest
 from fixtures.stores import manifest, sample
 
 from kava.store import KVGeometry, KVStore
+from kava.store.open_parts import OPEN_BYTES
 
 SAMPLES, PER_PART = 1_000_000, 5_000
 TINY = KVGeometry(num_layers=1, num_key_value_heads=1, head_dim=1)
@@ -48,7 +49,7 @@ def test_a_million_samples_are_written_read_and_verified_in_flat_memory(tmp_path
         assert len(store[index]) == store.read_into(index, keys=room) == 1
         if index % (SAMPLES // 20) == 0:
             read.append(_megabytes())
-    assert len(store._parts) <= 64
+    assert sum(part.nbytes for part in store._parts._parts.values()) <= OPEN_BYTES
     assert max(read[8:]) - read[8] < 20, read  # By then as many parts are open as ever are.
     for index in np.random.default_rng(0).integers(0, SAMPLES, 1000).tolist():
         store.read_into(index, keys=room)

@@ -260,11 +260,11 @@ def test_only_what_is_asked_for_is_read(store: KVStore) -> None:
 
 def test_damage_of_every_array_is_found_and_named(store: KVStore) -> None:
     arrays = {f"{name}_{what}" for name in ("keys", "values") for what in ("q", "scale", "min", "exact")}
-    assert set(store.part(1).pages) == arrays | {"importance", "indices"}
+    assert set(store.part(1).pages) == arrays | {"importance", "indices", "tokens"}
     for array in sorted(arrays):
         (path,) = (p for p in (store.path / "parts/00001" / array / "c").rglob("*") if p.is_file())
         good = path.read_bytes()
-        place = int(store.part(1).pages[array].index(0)[2, 0]) + 5
+        place = store.part(1).pages[array].offset(2) + 5
         path.write_bytes(good[:place] + bytes([good[place] ^ 8]) + good[place + 1 :])
         (damage,) = KVStore.open(store.path).verify()
         assert (damage.part, damage.array, damage.chunk, damage.sample_ids) == (1, array, 2, ("sample-4",))

@@ -36,6 +36,7 @@ from kava.store import (
     Split,
     default_page_tokens,
 )
+from kava.store.fingerprint import digest_json
 
 LENGTHS = [3, 4, 9, 1, 6, 12, 5]
 
@@ -180,7 +181,7 @@ def test_statistics_are_those_of_the_masked_tensors(tmp_path: Path) -> None:
 def test_splits_and_ids(store: KVStore) -> None:
     assert store.indices(Split.HELDOUT) == [2, 5]
     assert store.indices() == list(range(7))
-    assert store.index_of["sample-4"] == 4
+    assert store.indices_of(["sample-4", "sample-1", "no such"]) == {"sample-1": 1, "sample-4": 4}
     assert store.num_tokens == sum(LENGTHS)
 
 
@@ -201,17 +202,26 @@ def test_missing_store_and_foreign_folder(tmp_path: Path) -> None:
         KVStore.open(tmp_path)
 
 
-def test_newer_format_and_edited_manifest_are_refused(store: KVStore) -> None:
+def test_other_formats_and_edited_manifests_are_refused(store: KVStore) -> None:
     header = store.path / "zarr.json"
     raw = json.loads(header.read_text())
     edited = json.loads(header.read_text())
-    raw["attributes"]["kava"]["format_version"] = 2
+    raw["attributes"]["kava"]["format_version"] = 1
     header.write_text(json.dumps(raw))
-    with pytest.raises(StoreError, match=r"format 2.*upgrade"):
+    with pytest.raises(StoreError, match=r"format 1, this kava reads 2. write the store again"):
         KVStore.open(store.path)
-    edited["attributes"]["kava"]["corpus_digest"] = "other"
-    header.write_text(json.dumps(edited))
-    with pytest.raises(StoreError, match="was edited"):
+    raw["attributes"]["kava"]["format_version"] = 3
+    header.write_text(json.dumps(raw))
+    with pytest.raises(StoreError, match=r"format 3.*upgrade kava"):
+        KVStore.open(store.path)
+    for field, value in (("corpus_digest", "other"), ("codec", "none"), ("versions", {})):
+        header.write_text(json.dumps(edited | {"attributes": {"kava": edited["attributes"]["kava"] | {field: value}}}))
+        with pytest.raises(StoreError, match="was edited"):
+            KVStore.open(store.path)
+    fields = edited["attributes"]["kava"] | {"corpus_digest": "other"}
+    del fields["digest"]
+    header.write_text(json.dumps(edited | {"attributes": {"kava": {**fields, "digest": digest_json(fields)}}}))
+    with pytest.raises(StoreError, match="its fingerprint does not match"):
         KVStore.open(store.path)
 
 
@@ -349,8 +359,7 @@ def test_verify_finds_one_flipped_bit_in_any_file(store: KVStore) -> None:
 
 def test_verify_names_the_chunk_and_its_sample(store: KVStore) -> None:
     path = store.path / "parts/00001/keys/c/0/0/0/0"
-    index = store.part(1).pages["keys"].index(0)
-    flip(path, int(index[2, 0]) + 20, 2)
+    flip(path, store.part(1).pages["keys"].offset(2) + 20, 2)
     (damage,) = KVStore.open(store.path).verify()
     assert (damage.part, damage.array, damage.chunk, damage.sample_ids) == (1, "keys", 2, ("sample-4",))
     assert "checksum mismatch" in str(damage)

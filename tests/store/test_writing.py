@@ -9,6 +9,7 @@ import google_crc32c
 import numpy as np
 import pytest
 import torch
+import xxhash
 from fixtures.stores import EXTRAS, flip, manifest, tree, write_store
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,13 +18,14 @@ from kava.errors import DamagedStoreError
 from kava.store import CODECS, LOSSY, BackgroundWriter, KVStore
 from kava.store.codec import Chunk, crc32c
 from kava.store.files import file_table
+from kava.store.hashing import FileHash, hash_bytes, hash_file
 
 LENGTHS = [3, 4, 9, 1, 6, 12, 5]
 
 
 @pytest.mark.parametrize("codec", [*CODECS, *LOSSY])
 def test_encoders_write_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str) -> None:
-    """Shards of two pages: their sums, taken as they were written, are those of the files, as `verify` finds."""
+    """Shards of two pages: the hashes taken while writing are those of the files, as `verify` finds."""
     monkeypatch.setattr("kava.store.shard.SHARD_PAGES", 2)
     plain, samples = write_store(tmp_path / "plain.zarr", LENGTHS, codec=codec, extras=EXTRAS)
     assert len(list((plain.path / "parts/00000").glob("importance/c/*"))) == 3
@@ -39,27 +41,28 @@ def test_encoders_write_the_same_bits(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @given(pieces=st.lists(st.binary(min_size=1, max_size=300), max_size=5), as_array=st.booleans())
-def test_the_sum_of_a_file_is_made_of_its_chunks(pieces: list[bytes], as_array: bool) -> None:
-    checksum, whole = 0, b""
-    with tempfile.TemporaryFile() as file:
-        for piece in pieces:
-            payload = np.frombuffer(piece, np.uint8) if as_array else piece
-            chunk = Chunk(payload, crc32c(payload))
-            chunk.write(file)
-            checksum = chunk.extend(checksum)
-            whole += piece + google_crc32c.value(piece).to_bytes(4, "little")
-            assert chunk.nbytes == len(piece) + 4
-        file.seek(0)
-        assert file.read() == whole
-    assert checksum == google_crc32c.value(whole)
+def test_the_hash_of_a_file_is_of_all_its_bytes(pieces: list[bytes], as_array: bool) -> None:
+    file_hash, whole = FileHash(), b""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "c"
+        with path.open("wb") as file:
+            for piece in pieces:
+                payload = np.frombuffer(piece, np.uint8) if as_array else piece
+                chunk = Chunk(payload, crc32c(payload))
+                chunk.write(file, file_hash)
+                whole += piece + google_crc32c.value(piece).to_bytes(4, "little")
+                assert chunk.nbytes == len(piece) + 4
+        assert path.read_bytes() == whole
+        assert hash_file(path) == hash_bytes(whole) == file_hash.hexdigest == xxhash.xxh3_128(whole).hexdigest()
+    assert file_hash.size == len(whole)
 
 
 def test_a_file_that_is_shorter_than_what_was_written_is_an_error(tmp_path: Path) -> None:
     (path := tmp_path / "c").write_bytes(b"1234")
-    assert file_table(tmp_path, {}) == {"c": (4, google_crc32c.value(b"1234"))}
-    assert file_table(tmp_path, {path: (4, 7)}) == {"c": (4, 7)}
+    assert file_table(tmp_path, {}) == {"c": (4, xxhash.xxh3_128(b"1234").hexdigest())}
+    assert file_table(tmp_path, {path: (4, "known")}) == {"c": (4, "known")}
     with pytest.raises(OSError, match="Input/output error"):
-        file_table(tmp_path, {path: (5, 7)})
+        file_table(tmp_path, {path: (5, "known")})
 
 
 def test_rows_behind_a_sample_are_not_read_where_pages_are_stored_as_they_are(tmp_path: Path) -> None:
