@@ -40,6 +40,7 @@ from numcodecs import blosc
 
 from kava.pipeline.parts import BYTES_PER_TOKEN, PART_BYTES
 from kava.store import CODECS, LOSSY, BackgroundWriter, KVSample, KVStore
+from kava.store.shard import shard_index
 
 ZARR_SAMPLES = 24
 THREADS = (1, 2, 4)
@@ -109,8 +110,9 @@ def chunks(store: KVStore) -> list[bytes]:
     for name in ("keys", "values"):
         reader = store.part(0).pages[name]
         for shard in range(-(-reader.num_pages // reader.array.pages_per_shard)):
-            data = reader.array.shard_path(shard).read_bytes()
-            found += [data[offset : offset + nbytes - 4] for offset, nbytes in reader.index(shard).tolist()]
+            data = Path(reader.path(shard)).read_bytes()
+            entries = shard_index(reader.array, reader.table, shard).tolist()
+            found += [data[offset : offset + nbytes - 4] for offset, nbytes in entries if offset < len(data)]
     return found
 
 
@@ -339,7 +341,7 @@ def sizes(stores: dict[str, KVStore], raw: int, aims: Aims) -> None:
     print(f"{'codec':<12} {'B/token':>8} {'of bf16':>8} {'files/GB':>9}")
     for codec, store in stores.items():
         part, size = store.part(0), store.size_on_disk()
-        small = [name for name in part.attributes["files"] if "/c/" not in name or name.split("/")[0] not in part.pages]
+        small = [name for name in part.table["files"] if "/c/" not in name or name.split("/")[0] not in part.pages]
         pages = {name: reader.num_pages * part_bytes / raw for name, reader in part.pages.items()}
         shards = sum(math.ceil(n / part.pages[name].array.pages_per_shard) for name, n in pages.items())
         per_gb = (len(small) + 1 + shards) / (part_bytes / 1e9)

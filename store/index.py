@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -19,11 +18,12 @@ from .shard import PagedArray, PageTable
 
 INDEX_FILE: Final = "index.safetensors"
 """Name of the file in a part."""
+SAMPLE_FIELDS: Final = ("start", "length", "split", "sample_id_stop")
+"""Columns of `samples`."""
 MAX_INDEX_BYTES: Final = 1 << 30
 """Largest index that is read: some four million samples of a part, far more than kava writes into one."""
 
 KV: Final = ("keys", "values")
-_SAMPLES: Final = {"start": "<i8", "length": "<i4", "split": "|u1", "sample_id.stop": "<i8"}
 _ENCODER_OVERHEAD: Final = 64
 """Bytes by which an encoded page may exceed its raw size, checksum included."""
 
@@ -32,57 +32,66 @@ _ENCODER_OVERHEAD: Final = 64
 class PartIndex:
     """The index of a part, in memory."""
 
-    starts: np.ndarray[Any, Any]
-    """`[samples]` int64: first row of each sample, a multiple of `page_tokens`."""
-    lengths: np.ndarray[Any, Any]
-    """`[samples]` int32: tokens of each sample; 0 if it failed."""
-    splits: np.ndarray[Any, Any]
-    """`[samples]` uint8: see `Split`."""
-    encoded_ids: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
-    """UTF-8 bytes of all sample ids, joined, `[bytes]` uint8; and where each of them ends, `[samples]` int64."""
-    extras: Mapping[str, np.ndarray[Any, Any]]
-    """Extra arrays of samples by name, `[samples, ...]`."""
-    sums: Mapping[str, np.ndarray[Any, Any]]
-    """`keys` and `values`: `[2, l]` float64, the sum of the numbers and of their squares over tokens with a target."""
+    samples: np.ndarray[Any, Any]
+    """`[samples, 4]` int64: first row, tokens, split, and where the id ends in `ids_utf8`; see `SAMPLE_FIELDS`."""
+    ids_utf8: np.ndarray[Any, Any]
+    """`[bytes]` uint8: UTF-8 of all sample ids, joined."""
+    sums: np.ndarray[Any, Any]
+    """`[2, 2, l]` float64: of keys and of values, the sum of the numbers and of their squares, tokens with a target."""
     pages: Mapping[str, PageTable]
     """Chunks of every paged array by its name."""
+    extras: Mapping[str, np.ndarray[Any, Any]]
+    """Extra arrays of samples by name, `[samples, ...]`."""
 
-    @cached_property
+    @property
+    def starts(self) -> np.ndarray[Any, Any]:
+        """First row of each sample `[samples]`, a multiple of `page_tokens`."""
+        return self.samples[:, 0]
+
+    @property
+    def lengths(self) -> np.ndarray[Any, Any]:
+        """Tokens of each sample `[samples]`; 0 if it failed."""
+        return self.samples[:, 1]
+
+    @property
+    def splits(self) -> np.ndarray[Any, Any]:
+        """`Split` of each sample `[samples]`."""
+        return self.samples[:, 2]
+
+    @property
     def ids(self) -> list[str]:
         """Sample ids."""
-        data, stops = self.encoded_ids[0].tobytes(), self.encoded_ids[1].tolist()
+        data, stops = self.ids_utf8.tobytes(), self.samples[:, 3].tolist()
         return [data[start:stop].decode() for start, stop in zip([0, *stops], stops, strict=False)]
 
     def sample_id(self, position: int) -> str:
         """Return the id of one sample."""
-        data, stops = self.encoded_ids
-        return data[int(stops[position - 1]) if position else 0 : int(stops[position])].tobytes().decode()
+        stops = self.samples[:, 3]
+        start = int(stops[position - 1]) if position else 0
+        return self.ids_utf8[start : int(stops[position])].tobytes().decode()
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of every paged array."""
+        return len(next(iter(self.pages.values())).nbytes)
 
     def save(self) -> bytes:
         """Return the bytes of the file: the same for the same index, byte for byte."""
-        arrays = {
-            "start": self.starts,
-            "length": self.lengths,
-            "split": self.splits,
-            "sample_id.utf8": self.encoded_ids[0],
-            "sample_id.stop": self.encoded_ids[1],
-            **{f"{name}.sums": self.sums[name] for name in KV},
-            **{f"{name}.value": array for name, array in self.extras.items()},
-            **{f"{name}.nbytes": table.nbytes for name, table in self.pages.items()},
-            **{f"{name}.checksum": table.checksums for name, table in self.pages.items()},
-        }
         from safetensors.numpy import save
 
+        arrays = {"samples": self.samples, "sample_id": self.ids_utf8, "sums": self.sums}
+        arrays |= {f"{name}.pages": np.stack([t.nbytes, t.checksums]) for name, t in self.pages.items()}
+        arrays |= {f"{name}.value": array for name, array in self.extras.items()}
         return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
 
     @classmethod
-    def load(cls, data: bytes, manifest: Manifest, samples: int, arrays: Mapping[str, PagedArray]) -> PartIndex:
-        """Read the bytes of the file; the arrays share their memory.
+    def load(cls, data: bytes, manifest: Manifest, num_samples: int, arrays: Mapping[str, PagedArray]) -> PartIndex:
+        """Read the bytes of the file.
 
         Args:
-            data: the file.
-            manifest: of the store.
-            samples: samples of the part.
+            data: content of the file.
+            manifest: manifest of the store.
+            num_samples: samples of the part.
             arrays: paged arrays of the part.
 
         Raises:
@@ -95,70 +104,60 @@ class PartIndex:
             found = load(data)
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"not a safetensors file of known dtypes: {error}") from None
-        per_sample = {name: _take(found, name, dtype, (samples,)) for name, dtype in _SAMPLES.items()}
-        layers = manifest.geometry.num_layers
-        index = cls(
-            starts=per_sample["start"],
-            lengths=per_sample["length"],
-            splits=per_sample["split"],
-            encoded_ids=(_take(found, "sample_id.utf8", "|u1", None), per_sample["sample_id.stop"]),
-            extras={
-                name: _take(found, f"{name}.value", kind.numpy, (samples, *kind.shape))
-                for name, kind in manifest.extras.items()
-                if kind.axis == "sample"
-            },
-            sums={name: _take(found, f"{name}.sums", "<f8", (2, layers)) for name in KV},
-            pages={
-                name: PageTable(*(_take(found, f"{name}.{what}", "<u4", None) for what in ("nbytes", "checksum")))
-                for name in arrays
-            },
-        )
+        samples = _take(found, "samples", "<i8", (num_samples, len(SAMPLE_FIELDS)))
+        ids = _take(found, "sample_id", "|u1", (None,))
+        sums = _take(found, "sums", "<f8", (len(KV), 2, manifest.geometry.num_layers))
+        tables = {}
+        for name, array in arrays.items():
+            nbytes, checksums = _take(found, f"{name}.pages", "<u4", (2, None))
+            if len(nbytes) and nbytes.max() > array.page_bytes + _ENCODER_OVERHEAD:
+                raise ValueError(f"{name}: a chunk that is larger than its page")
+            tables[name] = PageTable(nbytes, checksums)
+        extras = {
+            name: _take(found, f"{name}.value", kind.numpy, (num_samples, *kind.shape))
+            for name, kind in manifest.extras.items()
+            if kind.axis == "sample"
+        }
         if found:
             raise ValueError(f"array {next(iter(found))!r} is not one of this store's")
-        index._check(manifest.page_tokens, arrays)
+        if len({len(table.nbytes) for table in tables.values()}) > 1:
+            raise ValueError("arrays have different numbers of pages")
+        index = cls(samples, ids, sums, tables, extras)
+        index._check(manifest.page_tokens)
         return index
 
-    @property
-    def num_pages(self) -> int:
-        """Pages of every paged array."""
-        return len(next(iter(self.pages.values())).nbytes)
-
-    def _check(self, page_tokens: int, arrays: Mapping[str, PagedArray]) -> None:
-        """Raise ValueError for numbers with which reading would leave the part."""
-        rows = self.num_pages * page_tokens
-        starts, stops = self.starts, self.starts + self.lengths
-        utf8, ends = self.encoded_ids
-        bounds = np.concatenate([np.zeros(1, np.int64), ends])
-        tables = self.pages.items()
-        for what, good in (
-            ("start", not len(starts) or (starts.min() >= 0 and not (starts % page_tokens).any())),
-            ("length", not len(starts) or (self.lengths.min() >= 0 and stops.max() <= rows)),
-            ("sample_id", bool((np.diff(bounds) >= 0).all()) and bounds[-1] == len(utf8)),
-            ("pages", all(len(array) == self.num_pages for _, t in tables for array in (t.nbytes, t.checksums))),
-            (
-                "nbytes",
-                all(not len(t.nbytes) or t.nbytes.max() <= arrays[n].page_bytes + _ENCODER_OVERHEAD for n, t in tables),
-            ),
-        ):
-            if not good:
-                raise ValueError(f"{what}: numbers that do not fit the part")
-        utf8.tobytes().decode()
+    def _check(self, page_tokens: int) -> None:
+        """Raise ValueError for samples that reach beyond the part, and for ids that are no text."""
+        starts, lengths, _, id_stops = self.samples.T
+        if len(starts):
+            rows = self.num_pages * page_tokens
+            if self.samples.min() < 0 or (starts % page_tokens).any() or lengths.max() > rows:
+                raise ValueError("samples: numbers that cannot be")
+            if starts.max() > rows or (starts + lengths).max() > rows:
+                raise ValueError("samples: rows outside the part")
+        if (id_stops[1:] < id_stops[:-1]).any() or (id_stops[-1] if len(id_stops) else 0) != len(self.ids_utf8):
+            raise ValueError("sample_id: ends that do not fit the text")
+        self.ids_utf8.tobytes().decode()
 
 
-def encode_ids(ids: Sequence[str]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return the ids' UTF-8 bytes, joined, and where each of them ends."""
+def sample_table(
+    starts: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any], splits: np.ndarray[Any, Any], ids: Sequence[str]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return `samples` and `ids_utf8` of a `PartIndex`."""
     encoded = [sample_id.encode() for sample_id in ids]
-    stops = np.cumsum([len(data) for data in encoded], dtype="<i8")
-    return np.frombuffer(b"".join(encoded), "|u1"), stops.astype("<i8")
+    stops = np.cumsum([len(data) for data in encoded], dtype=np.int64)
+    samples = np.stack([np.asarray(column, "<i8") for column in (starts, lengths, splits, stops)], axis=1)
+    return samples, np.frombuffer(b"".join(encoded), "|u1")
 
 
 def _take(
-    found: dict[str, np.ndarray[Any, Any]], name: str, dtype: str, shape: tuple[int, ...] | None
+    found: dict[str, np.ndarray[Any, Any]], name: str, dtype: str, shape: tuple[int | None, ...]
 ) -> np.ndarray[Any, Any]:
-    """Remove an array from `found` and return it, if it has the dtype and the shape."""
-    if name not in found:
+    """Remove an array from `found` and return it, if it has the dtype and the shape, in which None is any size."""
+    array = found.pop(name, None)
+    if array is None:
         raise ValueError(f"array {name!r} is missing")
-    array = found.pop(name)
-    if array.dtype != np.dtype(dtype) or (array.shape != shape if shape is not None else array.ndim != 1):
-        raise ValueError(f"array {name!r} is {array.dtype} {array.shape}, expected {dtype} {shape or '(any,)'}")
+    sizes_fit = len(array.shape) == len(shape) and all(b in (None, a) for a, b in zip(array.shape, shape, strict=True))
+    if array.dtype != dtype or not sizes_fit:
+        raise ValueError(f"array {name!r} is {array.dtype} {array.shape}, expected {dtype} {shape}")
     return array

@@ -7,7 +7,8 @@ where each sample is and which checksum each chunk has. This module holds the la
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -52,7 +53,26 @@ def part_name(index: int) -> str:
     return f"{index:05d}"
 
 
-def paged_arrays(manifest: Manifest, folder: Path) -> dict[str, PagedArray]:
+@dataclass(frozen=True)
+class PartLayout:
+    """Everything about the parts of a store that follows from its manifest, worked out once for all of them."""
+
+    manifest: Manifest
+    fingerprint: str
+    arrays: Mapping[str, PagedArray]
+    """Paged arrays by name."""
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> PartLayout:
+        """Return the layout of a store's parts.
+
+        Raises:
+            StoreError: if the codec is unknown.
+        """
+        return cls(manifest, manifest.fingerprint, paged_arrays(manifest))
+
+
+def paged_arrays(manifest: Manifest) -> dict[str, PagedArray]:
     """Return the layout of the paged arrays of a part: keys, values, tokens and the extra arrays of rows.
 
     Page `n` of the token axis is chunk `n` of each of them.
@@ -68,17 +88,15 @@ def paged_arrays(manifest: Manifest, folder: Path) -> dict[str, PagedArray]:
     for name in KV:
         if quantizer is None:
             raw = (dtype.numpy, codec, dtype.fill_value, dtype.name)
-            found[name] = PagedArray(folder / name, (page, *shape), *raw, ("token", "layer", "head", "dim"))
+            found[name] = PagedArray(name, (page, *shape), *raw, ("token", "layer", "head", "dim"))
             continue
         for array, kind in quantizer.arrays(name, shape, page, dtype).items():
             chunk = (kind.rows, *kind.entry)
-            found[array] = PagedArray(
-                folder / array, chunk, kind.dtype, codec, kind.fill_value, kind.meaning, kind.axes
-            )
+            found[array] = PagedArray(array, chunk, kind.dtype, codec, kind.fill_value, kind.meaning, kind.axes)
     fields = (page, len(TOKEN_FIELDS))
-    found[TOKENS] = PagedArray(folder / TOKENS, fields, "<i4", _TOKEN_CODEC, 0, "int32", ("token", "field"))
+    found[TOKENS] = PagedArray(TOKENS, fields, "<i4", _TOKEN_CODEC, 0, "int32", ("token", "field"))
     for name, extra in manifest.extras.items():
         if extra.axis == "row":
             chunk, axes = (page, *extra.shape), tuple(extra.dimension_names)
-            found[name] = PagedArray(folder / name, chunk, extra.numpy, codec, extra.fill_value, extra.dtype, axes)
+            found[name] = PagedArray(name, chunk, extra.numpy, codec, extra.fill_value, extra.dtype, axes)
     return found

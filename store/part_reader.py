@@ -14,8 +14,7 @@ from .dtypes import dtype_of
 from .fingerprint import file_stamp
 from .index import INDEX_FILE, KV, PartIndex
 from .lock import at_work
-from .manifest import Manifest
-from .part import SEGMENT_FIELD, TOKENS, paged_arrays, part_name, unpack_tokens
+from .part import SEGMENT_FIELD, TOKENS, PartLayout, part_name, unpack_tokens
 from .quantize import LOSSY
 from .sample import KVSample, Segment, Split
 from .shard import PagedArray, PageReader
@@ -33,12 +32,12 @@ class PartReader:
     samples) are not read: `verify` compares them with the index.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, index: int, *, check: bool = True) -> None:
+    def __init__(self, root: Path, layout: PartLayout, index: int, *, check: bool = True) -> None:
         """Open a part.
 
         Args:
             root: path of the store.
-            manifest: manifest of the store.
+            layout: layout of the store's parts.
             index: number of the part.
             check: compare each chunk with its checksum when it is read; table and index are compared in any case.
 
@@ -47,18 +46,19 @@ class PartReader:
             DamagedStoreError: if its table or its index is damaged. Other files are checked when they are read, or by
                 `check_files`.
         """
+        manifest = layout.manifest
         self.root, self.manifest, self.index, self._check = root, manifest, index, check
-        self.path = root / "parts" / part_name(index)
-        self._header = str(self.path / "zarr.json")
+        self._folder = f"{root}/parts/{part_name(index)}"
+        self._header = f"{self._folder}/zarr.json"
         self._stamp = self._current_stamp()
-        self.table = read_table(root, manifest, index, self.path)
+        self.table = read_table(self.root, layout, index)
         self._dtype, self._quantizer = dtype_of(manifest.dtype), LOSSY.get(manifest.codec)
-        data, arrays = read_index(self.path, self.table), paged_arrays(manifest, self.path)
+        data = read_index(self._folder, self.table)
         try:
-            self._index = PartIndex.load(data, manifest, len(self), arrays)
+            self._index = PartIndex.load(data, manifest, len(self), layout.arrays)
             if self._index.num_pages * manifest.page_tokens != self.num_rows:
                 raise ValueError(f"{self._index.num_pages} pages for {self.num_rows} rows")
-            self.pages = {name: self._page_reader(name, array) for name, array in arrays.items()}
+            self.pages = {name: self._page_reader(name, array) for name, array in layout.arrays.items()}
         except (ValueError, OverflowError) as error:
             raise DamagedStoreError(f"{self.path}/{INDEX_FILE}: {error}") from None
         self.nbytes = len(data) + _OVERHEAD
@@ -67,13 +67,18 @@ class PartReader:
     def _page_reader(self, name: str, array: PagedArray) -> PageReader:
         """Return the reader of a paged array, whose shards must have the sizes that the table names."""
         pages, files = self._index.pages[name], self.table["files"]
-        shards = -(-len(pages.nbytes) // array.pages_per_shard)
+        slots, index_bytes = array.pages_per_shard, array.index_bytes
+        shards = -(-len(pages.nbytes) // slots)
         sizes = [files.get(array.shard_name(shard), (-1,))[0] for shard in range(shards)]
-        starts = np.arange(shards) * array.pages_per_shard
-        chunks = np.add.reduceat(pages.nbytes, starts, dtype=np.int64) if shards else np.zeros(0, np.int64)
-        if (chunks + array.index_bytes).tolist() != sizes:
+        chunks = [int(pages.nbytes[n * slots : (n + 1) * slots].sum(dtype=np.int64)) for n in range(shards)]
+        if [size + index_bytes for size in chunks] != sizes:
             raise ValueError(f"{name}: the sizes of its {shards} shards do not fit their chunks")
-        return PageReader(array, pages, sizes, self._check)
+        return PageReader(array, self._folder, pages, sizes, self._check)
+
+    @property
+    def path(self) -> Path:
+        """Folder of the part."""
+        return Path(self._folder)
 
     def __len__(self) -> int:
         return len(self.manifest.part_samples(self.index))
@@ -84,7 +89,7 @@ class PartReader:
         Raises:
             DamagedStoreError: naming the first file that does not.
         """
-        check_files(self.path, self.table["files"])
+        check_files(self._folder, self.table["files"])
 
     @property
     def digest(self) -> str:
@@ -122,7 +127,7 @@ class PartReader:
     @property
     def sums(self) -> Mapping[str, np.ndarray[Any, Any]]:
         """`keys` and `values`: per layer `[2, l]` float64, the sum of their numbers and of the squares."""
-        return self._index.sums
+        return dict(zip(KV, self._index.sums, strict=True))
 
     @property
     def coverage(self) -> list[list[int]] | None:
@@ -146,12 +151,12 @@ class PartReader:
 
     @property
     def lengths(self) -> np.ndarray[Any, Any]:
-        """Tokens per sample `[samples]` int32; 0 if it failed."""
+        """Tokens per sample `[samples]` int64; 0 if it failed."""
         return self._index.lengths
 
     @property
     def splits(self) -> np.ndarray[Any, Any]:
-        """`Split` per sample `[samples]` uint8."""
+        """`Split` per sample `[samples]` int64."""
         return self._index.splits
 
     @property

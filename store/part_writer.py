@@ -21,7 +21,7 @@ from .codec import Chunk
 from .extras import checked_extras
 from .files import disk_errors, file_table, fsync, fsync_tree, remove, write_protect
 from .fingerprint import digest_json
-from .index import INDEX_FILE, KV, PartIndex, encode_ids
+from .index import INDEX_FILE, KV, PartIndex, sample_table
 from .lock import Lock, at_work
 from .maker import is_gone, mark
 from .manifest import Manifest
@@ -55,7 +55,7 @@ class PartWriter:
         self._flushes: list[Future[None]] = []
         self._folder = root / "parts" / f".tmp-{part_name(index)}-{mark()}"
         self._pages = {
-            name: PageWriter(array, self._flush) for name, array in paged_arrays(manifest, self._folder).items()
+            name: PageWriter(array, self._folder, self._flush) for name, array in paged_arrays(manifest).items()
         }
         self._start = np.zeros(len(self.samples), np.int64)
         self._length = np.full(len(self.samples), -1, np.int32)
@@ -295,13 +295,10 @@ class PartWriter:
         for name, array in self._per_sample.items():
             _small_array(group, name, array, *self.manifest.extras[name].dimension_names)
         index = PartIndex(
-            starts=self._start,
-            lengths=self._length,
-            splits=self._split,
-            encoded_ids=encode_ids(self._ids),
-            extras=self._per_sample,
-            sums=self._sums,
+            *sample_table(self._start, self._length, self._split, self._ids),
+            sums=np.stack([self._sums[name] for name in KV]),
             pages={name: writer.table for name, writer in self._pages.items()},
+            extras=self._per_sample,
         )
         (self._folder / INDEX_FILE).write_bytes(index.save())
 

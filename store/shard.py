@@ -37,9 +37,9 @@ _EMPTY: Final = np.uint64(2**64 - 1)
 
 @dataclass(frozen=True)
 class PagedArray:
-    """Where an array lies and how it is cut: pages of rows, shards of pages."""
+    """Name and layout of an array of a part: pages of rows, shards of pages."""
 
-    folder: Path
+    name: str
     page_shape: tuple[int, ...]
     """`(page_tokens, ...)`; for keys and values `(page_tokens, num_layers, num_key_value_heads, head_dim)`."""
     dtype: str
@@ -67,13 +67,9 @@ class PagedArray:
         """At a shard's end: offset and size of every chunk that it could hold, and a checksum of these."""
         return 16 * self.pages_per_shard + 4
 
-    def shard_path(self, shard: int) -> Path:
-        """Return the path of a shard."""
-        return self.folder.parent / self.shard_name(shard)
-
     def shard_name(self, shard: int) -> str:
         """Return the name of a shard in its part, by Zarr's default chunk key encoding."""
-        return "/".join([self.folder.name, "c", str(shard), *["0"] * (len(self.page_shape) - 1)])
+        return "/".join([self.name, "c", str(shard), *["0"] * (len(self.page_shape) - 1)])
 
 
 @dataclass(frozen=True)
@@ -98,6 +94,8 @@ class PageWriter:
     """Writer of an array's pages, in order; a full shard is closed and the next one begun."""
 
     array: PagedArray
+    part: Path
+    """Folder of the part."""
     on_shard: Callable[[Path], None] = lambda shard: None
     """Called with the path of each finished shard."""
     files: dict[Path, tuple[int, str]] = field(default_factory=dict)
@@ -137,7 +135,7 @@ class PageWriter:
         Chunk(entries.tobytes(), crc32c(entries)).write(self._file, self._hash)
         self._file.close()
         self._file = None
-        path = self.array.shard_path(shard)
+        path = self.part / self.array.shard_name(shard)
         self.files[path] = (self._hash.size, self._hash.hexdigest)
         self.on_shard(path)
 
@@ -149,7 +147,7 @@ class PageWriter:
             self._file = None
 
     def _begin(self, shard: int) -> None:
-        path = self.array.shard_path(shard)
+        path = self.part / self.array.shard_name(shard)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("wb")
         self._hash = FileHash()
@@ -174,6 +172,8 @@ class PageReader:
     """
 
     array: PagedArray
+    part: str
+    """Folder of the part."""
     table: PageTable
     sizes: list[int]
     """Bytes of each shard's file."""
@@ -225,7 +225,7 @@ class PageReader:
         if first < 0 or first + count > self.num_pages:
             raise IndexError(f"pages {first}..{first + count} of {self.num_pages}")
         for shard, start, stop in self._runs(first, count):
-            path = self._path(shard)
+            path = self.path(shard)
             with reading(path):
                 file = self._open(path, shard)
                 try:
@@ -287,9 +287,10 @@ class PageReader:
         for place, layer in enumerate(layers):
             out[:, place] = rows[: len(out), layer]
 
-    def _path(self, shard: int) -> str:
+    def path(self, shard: int) -> str:
+        """Return the path of a shard."""
         if shard not in self._paths:
-            self._paths[shard] = str(self.array.shard_path(shard))
+            self._paths[shard] = f"{self.part}/{self.array.shard_name(shard)}"
         return self._paths[shard]
 
     def _runs(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:

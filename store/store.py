@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,7 +21,7 @@ from .geometry import KVGeometry
 from .lock import Lock
 from .manifest import Manifest
 from .open_parts import OpenParts
-from .part import part_name
+from .part import PartLayout, part_name
 from .part_reader import PartReader
 from .part_writer import PartWriter, remove_leftovers
 from .sample import KVBatch, KVSample, Segment, Split, collate
@@ -111,6 +112,15 @@ class KVStore(Sequence[KVSample]):
 
     def __iter__(self) -> Iterator[KVSample]:
         return (self.sample(i) for i in range(len(self)))
+
+    @cached_property
+    def layout(self) -> PartLayout:
+        """Layout of the parts.
+
+        Raises:
+            StoreError: if the codec is unknown.
+        """
+        return PartLayout.of(self.manifest)
 
     @property
     def geometry(self) -> KVGeometry:
@@ -239,7 +249,7 @@ class KVStore(Sequence[KVSample]):
             StoreNotFoundError: if the part has not been written.
             DamagedStoreError: if its table or its index is damaged.
         """
-        return self._parts.get(index, lambda: PartReader(self.path, self.manifest, index, check=self.check))
+        return self._parts.get(index, lambda: PartReader(self.path, self.layout, index, check=self.check))
 
     def check_files(self) -> None:
         """Check that every file of every written part exists with its size, without reading it.

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
@@ -20,10 +21,11 @@ from .files import reading
 from .fingerprint import digest_json
 from .hashing import hash_bytes
 from .index import INDEX_FILE, MAX_INDEX_BYTES
+from .part import PartLayout, part_name
 from .sample import Segment
 
-if TYPE_CHECKING:
-    from .manifest import Manifest
+_INSIDE: Final = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", re.ASCII)
+"""Names of files below a folder that lead nowhere else."""
 
 
 class _Table(BaseModel):
@@ -68,21 +70,21 @@ def header_bytes(attributes: dict[str, Any]) -> bytes:
     return json.dumps(header, indent=1, ensure_ascii=False).encode()
 
 
-def read_table(root: Path, manifest: Manifest, index: int, folder: Path) -> dict[str, Any]:
+def read_table(root: Path, layout: PartLayout, index: int) -> dict[str, Any]:
     """Read and check the table of a part; the files that it names are not looked at.
 
     Args:
         root: the store.
-        manifest: its manifest.
+        layout: layout of its parts.
         index: number of the part.
-        folder: folder of the part.
 
     Raises:
         StoreNotFoundError: if the part has not been written.
         DamagedStoreError: if the table is not as it was written, or belongs to another store or place.
     """
-    header = folder / "zarr.json"
-    _check_folder(str(folder))
+    folder = f"{root}/parts/{part_name(index)}"
+    header = Path(f"{folder}/zarr.json")
+    _check_folder(folder)
     try:
         with reading(header):
             table = read_header(header)["kava_part"]
@@ -90,7 +92,7 @@ def read_table(root: Path, manifest: Manifest, index: int, folder: Path) -> dict
             raise ValueError("digest mismatch")
         _Table.model_validate(table)
     except FileNotFoundError:
-        if folder.exists():
+        if os.path.lexists(folder):
             raise DamagedStoreError(f"{folder}: the file zarr.json is missing") from None
         raise StoreNotFoundError(f"{root}: part {index} is not written yet") from None
     except ValidationError as error:
@@ -101,24 +103,24 @@ def read_table(root: Path, manifest: Manifest, index: int, folder: Path) -> dict
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedStoreError(f"{header}: not readable: {error}") from None
-    if table["store"] != manifest.fingerprint or table["index"] != index:
+    if table["store"] != layout.fingerprint or table["index"] != index:
         raise DamagedStoreError(f"{folder}: this part belongs to another store or place")
-    samples = len(manifest.part_samples(index))
+    samples = len(layout.manifest.part_samples(index))
     for field, good in (
         ("failed", all(_is_position(name, samples) for name in table["failed"])),
-        ("num_rows", table["num_rows"] % manifest.page_tokens == 0),
+        ("num_rows", table["num_rows"] % layout.manifest.page_tokens == 0),
         ("coverage", table.get("coverage") is None or len(table["coverage"]) == len(Segment)),
         ("files", all(_is_entry(*entry) for entry in table["files"].values())),
     ):
         if not good:
             raise DamagedStoreError(f"{header}: field {field!r} does not fit the manifest")
     for name in table["files"]:
-        if not all(name.split("/")) or {".", ".."} & {*name.split("/")} or "\0" in name:
+        if not _INSIDE.fullmatch(name):
             raise DamagedStoreError(f"{folder}: the table names {name!r}, which is no file of a part")
     return dict(table)
 
 
-def read_index(folder: Path, table: Mapping[str, Any]) -> bytes:
+def read_index(folder: str, table: Mapping[str, Any]) -> bytes:
     """Return the bytes of a part's index file, which must have the hash that the table names.
 
     Raises:
@@ -161,7 +163,7 @@ def read_plain(path: str, limit: int) -> bytes:
         os.close(file)
 
 
-def check_files(folder: Path, files: Mapping[str, Sequence[Any]]) -> None:
+def check_files(folder: str, files: Mapping[str, Sequence[Any]]) -> None:
     """Check that the files of a part are regular files of the size that its table names; their content is not read.
 
     Raises:
@@ -171,7 +173,7 @@ def check_files(folder: Path, files: Mapping[str, Sequence[Any]]) -> None:
     for name, (size, _) in files.items():
         parts = name.split("/")
         for depth in range(len(parts)):
-            inner = "/".join([str(folder), *parts[:depth]])
+            inner = "/".join([folder, *parts[:depth]])
             if inner not in checked:
                 _check_folder(inner)
                 checked.add(inner)

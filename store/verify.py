@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -14,7 +15,6 @@ from .cpus import num_cpus
 from .files import reading
 from .hashing import hash_file
 from .index import INDEX_FILE
-from .part import part_name
 from .part_reader import PartReader
 from .shard import shard_index
 from .table import check_files, header_bytes, read_table
@@ -97,9 +97,9 @@ def verify_part(store: KVStore, number: int) -> list[Damage]:
     """Check one part: table, index, the hash of every file, every chunk, and that the small arrays equal the index."""
     file = "zarr.json"
     try:
-        read_table(store.path, store.manifest, number, store.path / "parts" / part_name(number))
+        read_table(store.path, store.layout, number)
         file = INDEX_FILE
-        part = PartReader(store.path, store.manifest, number)
+        part = PartReader(store.path, store.layout, number)
     except StoreError as error:
         return [Damage(number, file, None, (), str(error))]
     files = part.table["files"]
@@ -107,7 +107,7 @@ def verify_part(store: KVStore, number: int) -> list[Damage]:
     for name, (size, digest) in files.items():
         array = name.split("/")[0]
         try:
-            check_files(part.path, {name: (size, digest)})
+            check_files(str(part.path), {name: (size, digest)})
             with reading(part.path / name):
                 if hash_file(part.path / name) != digest:
                     changed[array] = "not as it was written"
@@ -130,7 +130,11 @@ def verify_part(store: KVStore, number: int) -> list[Damage]:
 def _differences(part: PartReader) -> Iterator[Damage]:
     """Compare what other Zarr readers read, small arrays and shard indices, with the part's index."""
     index = part.part_index
-    small: dict[str, np.ndarray[Any, Any]] = {"start": index.starts, "length": index.lengths, "split": index.splits}
+    small: dict[str, np.ndarray[Any, Any]] = {
+        "start": index.starts,
+        "length": index.lengths.astype("<i4"),
+        "split": index.splits.astype("|u1"),
+    }
     for name, array in (small | dict(index.extras)).items():
         if _small_array(part, name) != np.ascontiguousarray(array).tobytes():
             yield Damage(part.index, name, None, (), "differs from the part's index")
@@ -139,7 +143,7 @@ def _differences(part: PartReader) -> Iterator[Damage]:
     for name, pages in part.pages.items():
         for shard in range(len(pages.sizes)):
             entries = shard_index(pages.array, pages.table, shard).tobytes()
-            data = pages.array.shard_path(shard).read_bytes()
+            data = Path(pages.path(shard)).read_bytes()
             if data[-pages.array.index_bytes : -4] != entries:
                 yield Damage(part.index, name, None, (), f"the index of shard {shard} differs from the part's index")
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from ...store import LOSSY, KVSample, KVStore, Manifest, Split
 from ...store.dtypes import dtype_of
-from ...store.part import paged_arrays, part_name
+from ...store.part import TOKENS, paged_arrays
 from .tokens import TokenCount
 
 LOSSLESS_RATIO: Final = {"bfloat16": 0.70, "float16": 0.87, "float32": 0.87}
@@ -68,22 +68,23 @@ def store_size(
     num_parts = manifest.num_parts if parts is None else parts
     raw = manifest.geometry.bytes_per_token(itemsize)
     extra = sum(np.dtype(e.numpy).itemsize * int(np.prod(e.shape)) for e in manifest.extras.values() if e.axis == "row")
-    arrays = paged_arrays(manifest, Path()).values()
+    layout = paged_arrays(manifest)
+    arrays, token_bytes = layout.values(), rows * layout[TOKENS].page_bytes // page  # Never compressed.
     pages = -(-rows // page // max(num_parts, 1))
-    shards = {array.folder.name: -(-pages // array.pages_per_shard) for array in arrays}
-    index = num_parts * sum(shards[a.folder.name] * a.index_bytes for a in arrays)
+    shards = {array.name: -(-pages // array.pages_per_shard) for array in arrays}
+    index = num_parts * sum(shards[a.name] * a.index_bytes for a in arrays)
     estimated = ""
     if measured is not None:
         paged = tokens * measured + index
     elif manifest.codec == "none":
-        paged = rows * (raw + extra) + rows // page * len(arrays) * _CHECKSUM + index
+        paged = rows * (raw + extra) + token_bytes + rows // page * len(arrays) * _CHECKSUM + index
     else:
         if manifest.codec in LOSSY:
             body = LOSSY_RATIO[manifest.codec] * manifest.geometry.bytes_per_token(2)
         else:
             body = LOSSLESS_RATIO[manifest.dtype] * raw
         estimated = f"{manifest.codec} of {manifest.dtype} usually takes {body / raw:.2f} of raw"
-        paged = tokens * (body + extra) + rows // page * len(arrays) * _CHECKSUM + index
+        paged = tokens * (body + extra) + token_bytes + rows // page * len(arrays) * _CHECKSUM + index
     fixed, per_row, files = _beside(manifest)
     beside = num_parts * fixed + rows * per_row
     return StoreSize(
@@ -104,9 +105,9 @@ def paged_bytes(store: KVStore) -> float:
 def _in_shards(store: KVStore, *, without_index: bool = False) -> int:
     found = 0
     for number in store.committed_parts():
-        for array in paged_arrays(store.manifest, store.path / "parts" / part_name(number)).values():
-            index = array.index_bytes if without_index else 0
-            found += sum(p.stat().st_size - index for p in (array.folder / "c").rglob("*") if p.is_file())
+        for pages in store.part(number).pages.values():
+            index = pages.array.index_bytes if without_index else 0
+            found += sum(size - index for size in pages.sizes)
     return found
 
 

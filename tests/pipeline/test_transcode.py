@@ -63,7 +63,7 @@ def test_lossless_is_the_store_that_would_have_been_written(source: KVStore, tmp
     for number in source.committed_parts():
         mine, theirs = made.part(number), source.part(number)
         assert mine.content == theirs.content == theirs.digest != mine.digest
-        kept = ("sources", "written_by", "statistics", "coverage", "failed", "num_rows", "store")
+        kept = ("sources", "written_by", "target_tokens", "coverage", "failed", "num_rows", "store")
         assert [mine.table[n] for n in kept] == [theirs.table[n] for n in kept]
     back = transcode_store(made, tmp_path / "back.zarr", "blosc-zstd", scheduler="synchronous")
     files = [

@@ -111,7 +111,7 @@ def test_every_pair_of_chunks_in_a_shard(tmp_path: Path) -> None:
     store, count = KVStore.open(tmp_path / "s.zarr"), 0
     for number, name in itertools.product(range(3), ("keys", "values", "tokens", "importance")):
         pages = store.part(number).pages[name]
-        (path,) = (pages.array.shard_path(shard) for shard in range(len(pages.sizes)))
+        (path,) = (Path(pages.path(shard)) for shard in range(len(pages.sizes)))
         good = path.read_bytes()
         for one, two in itertools.combinations(range(pages.num_pages), 2):
             data, size = bytearray(good), int(pages.table.nbytes[one])
