@@ -10,6 +10,8 @@ PART_BYTES: Final = 9 << 28
 """Raw bytes of keys and values in one part, at most, as far as the text's length tells; some twenty files per GB."""
 MIN_PARTS: Final = 8
 """A small corpus is still cut into this many parts, so that it can be shared out and resumed."""
+MAX_PART_SAMPLES: Final = 1 << 14
+"""Samples in one part at most: what a part keeps in memory of each of them while it is written stays small."""
 CALIBRATION_PARTS: Final = 8
 """The calibration is drawn from this many parts, or more where these hold too few samples."""
 BYTES_PER_TOKEN: Final = 2.5
@@ -17,8 +19,8 @@ BYTES_PER_TOKEN: Final = 2.5
 
 
 def samples_per_part(sizes: list[float]) -> int:
-    """The largest number of samples per part with which no part exceeds `PART_BYTES` and there are `MIN_PARTS`."""
-    low, high = 1, max(1, -(-len(sizes) // MIN_PARTS))
+    """Return the largest number of samples per part within `PART_BYTES`, `MIN_PARTS` and `MAX_PART_SAMPLES`."""
+    low, high = 1, min(MAX_PART_SAMPLES, max(1, -(-len(sizes) // MIN_PARTS)))
     while low < high:
         middle = (low + high + 1) // 2
         parts = range(0, len(sizes), middle)

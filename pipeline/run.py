@@ -390,10 +390,12 @@ class Run(Places):
         if fuse is None or fuse.materialize or name != fuse.name:
             path = self.target_path(name)
             try:
-                return KVStore.open(path)
+                store = KVStore.open(path)
             except StoreNotFoundError:
                 verb = "project" if fuse is None or name != fuse.name else "fuse"
                 raise StoreNotFoundError(f"{path} is not made yet; kava {verb}") from None
+            store.check_files()
+            return store
         view = FusedTargets.open(self.fusion_path(name), {n: self.target_path(n) for n in self.recipe.fused_teachers})
         view.check()
         return view

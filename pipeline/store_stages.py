@@ -51,6 +51,7 @@ class StoreStage(Stage):
             return Status("missing")
         if found := store.manifest.differences(wanted):
             return Status("stale", ", ".join(f"{n}: {_short(old)} -> {_short(new)}" for n, (old, new) in found.items()))
+        store.check_files()
         parts = self.wanted(wanted)
         missing, total = set(parts) & set(store.missing_parts()), len(parts)
         outdated = self.outdated(store)
@@ -174,6 +175,7 @@ class TransformStage(StoreStage):
             raise StageError(
                 f"{parent.path}: {len(absent)} of {parent.manifest.num_parts} parts{named} are missing; make them first"
             )
+        parent.check_files()
         return parent
 
     def needed(self, parent: Manifest) -> list[int]:

@@ -78,7 +78,7 @@ def _linked(part: Path) -> None:
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
     "flipped bit": lambda part: flip(part / "values/c/0/0/0/0", 33),
-    "missing file": lambda part: (part / "spans/c/0/0").unlink(),
+    "missing file": lambda part: (part / "tokens/c/0/0").unlink(),
     "truncated": _truncate,
     "another store's part": _other_store,
     "another part of this store": _other_index,
@@ -160,7 +160,7 @@ def test_what_was_never_written_stays_so(recipe: Path) -> None:
     store = KVStore.open(recipe.parent / "run/targets/big.zarr")
     store.drop_part(4)
     shutil.rmtree(recipe.parent / "run/selected")
-    flip(store.path / "parts/00002/mask/c/0", 5)
+    flip(store.path / "parts/00002/tokens/c/0/0", 5)
     printed = kava("repair", recipe)
     assert "select big:        not made yet" in printed
     assert "made part 2 again" in printed
@@ -169,7 +169,7 @@ def test_what_was_never_written_stays_so(recipe: Path) -> None:
 
 def test_another_recipe_and_missing_parents_are_refused_before_anything_is_lost(recipe: Path) -> None:
     run = recipe.parent / "run"
-    flip(run / "targets/big.zarr/parts/00002/mask/c/0", 5)
+    flip(run / "targets/big.zarr/parts/00002/tokens/c/0/0", 5)
     before = tree(run)
     assert "describes another store" in kava("repair", recipe, "-s", "project.heads=mean", code=2)
     shutil.move(run / "resampled", recipe.parent / "gone")

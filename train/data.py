@@ -80,11 +80,12 @@ class TargetDataset(Dataset[KVSample]):
         """
         self.store, self.names, self.logits = store, tuple(names), logits
         self.layers = tuple(range(store.geometry.num_layers)) if layers is None else tuple(layers)
-        self.indices = store.indices(split)
-        self.lengths: list[int] = store.lengths[self.indices].tolist()
-        """Tokens of each sample."""
-        self.parts = [index // store.manifest.samples_per_part for index in self.indices]
-        """The part that each sample is in."""
+        self.indices = np.asarray(store.indices(split), np.int64)
+        """Index in the store of each sample `[n]`; arrays, because a corpus may have millions of them."""
+        self.lengths = store.lengths[self.indices]
+        """Tokens of each sample `[n]`."""
+        self.parts = self.indices // store.manifest.samples_per_part
+        """The part that each sample is in `[n]`."""
         geometry = store.geometry
         self.shape = (len(self.layers), geometry.num_key_value_heads, geometry.head_dim)
         """Of a token's keys or values, `(l, h, d)`."""
@@ -94,7 +95,8 @@ class TargetDataset(Dataset[KVSample]):
         return len(self.indices)
 
     def __getitem__(self, item: int) -> KVSample:
-        tensors = {name: torch.empty((self.lengths[item], *self.shape), dtype=self.dtype) for name in self.names}
+        shape = (int(self.lengths[item]), *self.shape)
+        tensors = {name: torch.empty(shape, dtype=self.dtype) for name in self.names}
         found = self.read(item, tensors)
         return replace(found, keys=tensors.get("keys"), values=tensors.get("values"))
 
@@ -108,7 +110,7 @@ class TargetDataset(Dataset[KVSample]):
         Raises:
             KavaError: if it cannot be read, with its number in the store.
         """
-        index = self.indices[item]
+        index = int(self.indices[item])
         # All layers in order is a plain copy; a list of them is picked out one by one.
         layers = None if self.layers == tuple(range(self.store.geometry.num_layers)) else list(self.layers)
         try:

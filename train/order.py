@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from ..errors import StageError
 from ..store.fingerprint import digest_json
+from ..store.hashing import hash_bytes
 
 Row = tuple[int, ...]
 """Samples that lie one after the other in a row of a batch, by their number among those of the split."""
@@ -26,13 +28,33 @@ GROUPED_BATCHES: Final = 50
 """Batches whose samples are sorted by length together: enough for little padding, few enough to stay a shuffle."""
 
 
+@dataclass(frozen=True)
+class _Epoch:
+    """The rows of an epoch in two arrays: a list of tuples would take 100 bytes a sample."""
+
+    samples: np.ndarray[Any, Any]
+    """Samples of all rows, row after row."""
+    stops: np.ndarray[Any, Any]
+    """End of each row in `samples`."""
+
+    def __len__(self) -> int:
+        return len(self.stops)
+
+    def rows(self, first: int, count: int) -> list[Row]:
+        """Return at most `count` rows from row `first` on."""
+        stops = self.stops[first : first + count].tolist()
+        start = int(self.stops[first - 1]) if first else 0
+        bounds = zip([start, *stops], stops, strict=False)
+        return [tuple(self.samples[begin:stop].tolist()) for begin, stop in bounds]
+
+
 class Order:
     """The rows of all batches of a training, endless: epoch after epoch."""
 
     def __init__(
         self,
-        lengths: Sequence[int],
-        parts: Sequence[int],
+        lengths: Sequence[int] | np.ndarray[Any, Any],
+        parts: Sequence[int] | np.ndarray[Any, Any],
         *,
         seed: int,
         window: int = 16,
@@ -64,14 +86,14 @@ class Order:
             )
         self._seed, self._window, self._group, self._pack_tokens = seed, window, group, pack_tokens
         self._starts = [0]
-        self._made: dict[int, list[Row]] = {}
+        self._made: dict[int, _Epoch] = {}
 
     def rows(self, first: int, count: int) -> list[Row]:
         """Rows `first .. first + count` of the training."""
         found: list[Row] = []
         while len(found) < count:
             epoch, start = self._place(first + len(found))
-            found += self._epoch(epoch)[start : start + count - len(found)]
+            found += self._epoch(epoch).rows(start, count - len(found))
         return found
 
     def epochs(self, row: int) -> float:
@@ -101,7 +123,7 @@ class Order:
     def digest(self) -> str:
         """Of all that determines the order."""
         settings = [self._seed, self._window, self._group, self._pack_tokens]
-        return digest_json([settings, self._lengths.tolist(), self._parts.tolist()])
+        return digest_json([settings, hash_bytes(self._lengths.data), hash_bytes(self._parts.data)])
 
     def _place(self, row: int) -> tuple[int, int]:
         """The epoch of a row, and its number there."""
@@ -111,7 +133,7 @@ class Order:
         epoch = bisect.bisect_right(self._starts, row) - 1
         return epoch, row - self._starts[epoch]
 
-    def _epoch(self, number: int) -> list[Row]:
+    def _epoch(self, number: int) -> _Epoch:
         if number not in self._made:
             # A batch spans two at most, where it is not larger than an epoch; to make one again is no harm.
             for old in sorted(self._made)[:-1]:
@@ -119,19 +141,21 @@ class Order:
             self._made[number] = self._make(number)
         return self._made[number]
 
-    def _make(self, number: int) -> list[Row]:
+    def _make(self, number: int) -> _Epoch:
         rng = np.random.default_rng((self._seed, number))
         windows = self._windows(rng)
         if self._pack_tokens is not None:
-            rows: list[Row] = []
+            order, sizes = [], []
             for window in windows:
                 packed = pack(window.tolist(), self._lengths[window].tolist(), self._pack_tokens)
-                rows += [packed[i] for i in rng.permutation(len(packed))]
-            return rows
+                rows = [packed[i] for i in rng.permutation(len(packed))]
+                order.append(np.array([sample for row in rows for sample in row], np.int64))
+                sizes.append(np.array([len(row) for row in rows], np.int64))
+            return _Epoch(np.concatenate(order), np.cumsum(np.concatenate(sizes)))
         samples = np.concatenate(windows)
         if self._group is not None:
             samples = self._grouped(samples, self._starts[number], self._group, rng)
-        return [(sample,) for sample in samples.tolist()]
+        return _Epoch(samples, np.arange(1, len(samples) + 1))
 
     def _windows(self, rng: np.random.Generator) -> list[np.ndarray[Any, Any]]:
         """Samples in the order of a shuffle, cut where the next parts begin."""

@@ -67,6 +67,8 @@ class FusedTargets(Sequence[KVSample]):
         Raises:
             StageError: if some are missing, or were made again since.
         """
+        for store in self.stores.values():
+            store.check_files()
         if self.fusion.key != fusion_key(self.stores, self.manifest):
             raise StageError(f"{self.path}: targets were made again since; kava fuse")
 

@@ -139,7 +139,7 @@ def test_what_cannot_be_is_refused(source: KVStore, tmp_path: Path) -> None:
         transcode_store(source, other.path, "none")
 
 
-@pytest.mark.parametrize("name", ["keys", "importance", "input_ids"])
+@pytest.mark.parametrize("name", ["keys", "importance", "tokens"])
 def test_damage_of_the_source_is_found_as_it_is_read(source: KVStore, tmp_path: Path, name: str) -> None:
     (path,) = (p for p in (source.path / f"parts/00001/{name}/c").rglob("*") if p.is_file())
     good = path.read_bytes()

@@ -181,7 +181,7 @@ def test_a_fault_is_told_where_its_batch_is_taken(store: KVStore, workers: bool)
     flip(next(p for p in [shard, *shard.rglob("*")] if p.is_file()), 40)
     batches = _batches(KVStore.open(store.path))
     index = next(i for i in range(3, 6) if _damaged(store, i))
-    item = batches.dataset.indices.index(index)
+    item = batches.dataset.indices.tolist().index(index)
     number = next(n for n in range(9) if (item,) in batches.rows(n))
     loader: Any = (
         ProcessLoader(batches, workers=1) if workers else ThreadedLoader(batches, threads=2, ahead=4, pin=False)
