@@ -62,6 +62,11 @@ _ROPE: Final = re.compile(
     r"|yarn_beta_fast|yarn_beta_slow))"
 )
 """Metadata that `_rope_parameters` reads."""
+_REQUIRED: Final = (
+    *("context_length", "block_count", "embedding_length", "feed_forward_length", "attention.head_count"),
+)
+_DEFAULT_THETA: Final = 10000.0
+"""The rotary base of a file that states none, as in llama.cpp."""
 _PARTLY_ROTATED: Final = ("phi3", "stablelm")
 _ROPE_TENSORS: Final = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 _FEW: Final = 3
@@ -136,8 +141,13 @@ def _read(path: Path) -> _File:
         from gguf import GGUFReader
     except ImportError as error:
         raise BackendNotInstalledError(f"{path.name}: GGUF files need gguf: pip install 'kava[gguf]'") from error
-    reader = GGUFReader(path)
-    metadata = {key: field.contents() for key, field in reader.fields.items()}
+    try:
+        reader = GGUFReader(path)
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:  # What numpy makes of a cut file.
+        raise CheckpointError(
+            f"GGUF file {path.name} is damaged or not a GGUF file ({error}). Copy it again"
+        ) from error
     if "general.architecture" not in metadata:
         raise CheckpointError(f"GGUF file {path.name}: it states no general.architecture. Use another conversion")
     factors = {t.name: tuple(float(x) for x in t.data) for t in reader.tensors if t.name in _ROPE_TENSORS}
@@ -151,8 +161,13 @@ def _config(path: Path, file: _File) -> Any:
     for key in file.metadata:
         if key.startswith(("split.", "adapter.")) and not (key == "split.count" and file.metadata[key] < 2):
             raise file.refuse(key, "this is one part of a model; kava reads a model from one file")
+    if lacking := [f"{file.architecture}.{suffix}" for suffix in _REQUIRED if suffix not in file.own]:
+        raise file.refuse(lacking[0], "the file does not state it")
+    for suffix in _ATTRIBUTES:
+        if isinstance(value := file.own.get(suffix), list) and len(set(value)) != 1:
+            raise file.refuse(f"{file.architecture}.{suffix}", "layers with unequal values are not supported")
     config = without_quantization(AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
-    changes: dict[str, Any] = {}
+    changes = _defaults(file, config)
     for suffix, value in file.own.items():
         key = f"{file.architecture}.{suffix}"
         if suffix in _HARMLESS:
@@ -170,12 +185,24 @@ def _config(path: Path, file: _File) -> Any:
     return type(config).from_dict(config.to_dict() | _rope_parameters(file, config))
 
 
+def _defaults(file: _File, config: Any) -> dict[str, Any]:
+    """What llama.cpp assumes of keys that a file leaves out; a config class assumes one checkpoint's values instead."""
+    names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    changes = {name: file.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+    heads, own = file.own["attention.head_count"], file.own
+    if "attention.head_count_kv" not in own:
+        changes["num_key_value_heads"] = heads
+    if "attention.key_length" not in own and hasattr(config, "head_dim") and not isinstance(heads, list):
+        changes["head_dim"] = config.hidden_size // heads
+    if config.model_type == "gemma3_text" and "attention.sliding_window" not in own:
+        raise file.refuse(f"{file.architecture}.attention.sliding_window", "the file does not state it")
+    return changes
+
+
 def _attribute(file: _File, config: Any, suffix: str, value: Any) -> dict[str, Any]:
     """The change to the config that a key asks for."""
     key = f"{file.architecture}.{suffix}"
     if isinstance(value, list):
-        if len(set(value)) != 1:
-            raise file.refuse(key, "layers with unequal values are not supported")
         value = value[0]
     if suffix == "attention.sliding_window" and not value:
         value = None
@@ -185,10 +212,10 @@ def _attribute(file: _File, config: Any, suffix: str, value: Any) -> dict[str, A
         return {}
     for attribute in _ATTRIBUTES[suffix]:
         if hasattr(config, attribute):
-            return {attribute: value}
-    is_width = suffix in ("attention.key_length", "attention.value_length")
-    if is_width and value == config.hidden_size // config.num_attention_heads:
-        return {}
+            return {config.attribute_map.get(attribute, attribute): value}
+    if suffix in ("attention.key_length", "attention.value_length"):
+        derived = value == config.hidden_size // config.num_attention_heads
+        return {} if derived else {"head_dim": value}  # Whether the model heeds it, the shapes of its weights tell.
     raise file.refuse(key, f"{config.model_type} has no such setting in transformers (its value is {value})")
 
 
@@ -212,8 +239,7 @@ def _rope_parameters(file: _File, config: Any) -> dict[str, Any]:
     per_type = isinstance(next(iter(config.rope_parameters.values()), None), dict)
     kinds = config.rope_parameters if per_type else {"": config.rope_parameters}
     main = dict(kinds["full_attention" if per_type else ""])
-    if "rope.freq_base" in own:
-        main["rope_theta"] = own["rope.freq_base"]
+    main["rope_theta"] = own.get("rope.freq_base", _DEFAULT_THETA)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rotated = own.get("rope.dimension_count", head_dim)
     if config.model_type in _PARTLY_ROTATED:
@@ -224,6 +250,9 @@ def _rope_parameters(file: _File, config: Any) -> dict[str, Any]:
     if not per_type:
         if "rope.freq_base_swa" in own:
             raise file.refuse(f"{prefix}.rope.freq_base_swa", f"{config.model_type} has one rotary base")
+        original = main.get("original_max_position_embeddings")
+        if original is not None and hasattr(config, "original_max_position_embeddings"):
+            return {"rope_parameters": main, "original_max_position_embeddings": original}
         return {"rope_parameters": main}
     local = dict(kinds["sliding_attention"])
     local["rope_theta"] = own.get("rope.freq_base_swa", local["rope_theta"])
@@ -238,6 +267,8 @@ def _scaling(file: _File, config: Any, theta: float, rotated: int) -> dict[str, 
     if table := file.rope_factors.get("rope_freqs.weight"):
         if kind != "none":
             raise file.refuse(f"{prefix}.type", f"{kind!r} together with rope_freqs.weight is not supported")
+        if len(table) != rotated // 2:
+            raise file.refuse("rope_freqs.weight", f"it has {len(table)} factors for {rotated // 2} frequencies")
         return _per_frequency(table, theta, rotated, original or config.max_position_embeddings)
     if any(name in file.rope_factors for name in _ROPE_TENSORS[1:]):
         short, long = (file.rope_factors.get(name) for name in _ROPE_TENSORS[1:])

@@ -83,14 +83,14 @@ def convert_tokenizer(path: Path, architecture: str, metadata: dict[str, Any], r
     Raises:
         CheckpointError: if the file asks for something that is not known.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     prefix = "tokenizer.ggml."
     stated = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     for name, value in stated.items():
         if name not in _READ | _HARMLESS and value not in (False, "", []):
             raise refuse(f"{prefix}{name}", "kava does not know this setting")
-    loaded = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    loaded = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
     backend = loaded.backend_tokenizer
     if stated.get("model") == "gpt2":
         add_bos = _split_bytes(backend, stated.get("pre"), refuse)

@@ -137,6 +137,10 @@ def load_model(source: ModelSource, *, dtype: str, device: str = "auto") -> Any:
         model, info = AutoModelForCausalLM.from_pretrained(
             source.location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
+    if source.gguf_file:  # For packed tensors transformers compares no shapes.
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        own = {name: tensor.shape for name, tensor in meta_model(config).state_dict().items()}
+        info["mismatched_keys"] |= {(name, shapes[name], own[name]) for name in own if shapes[name] != own[name]}
     KeyReport.of(info).refuse(source.name)
     if options.get("key_mapping"):  # A saved copy has the model's own names.
         model._weight_conversions = [
