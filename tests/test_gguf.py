@@ -257,6 +257,14 @@ def test_tokens_that_the_file_asks_to_add(tmp_path: Path, bos: bool | None, eos:
     assert stop_token_ids(source) == [2]
 
 
+def test_files_of_another_tokenizer_beside_it_are_not_mixed_in(whole: Path, tmp_path: Path) -> None:
+    file = write_gguf(whole, tmp_path / "tiny.gguf")
+    sentencepiece_tokenizer().save_pretrained(tmp_path)
+    tokenizer, expected = load_tokenizer(find_model(str(file))), byte_level_tokenizer()
+    assert tokenizer(TEXTS[0])["input_ids"] == expected(TEXTS[0])["input_ids"]
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (None, "<|end|>", "<|end|>")
+
+
 def test_the_space_before_the_text(tmp_path: Path) -> None:
     tokenizer = sentencepiece_tokenizer()
     folder = save_model(tmp_path / "whole", "llama", tokenizer, layers=2)

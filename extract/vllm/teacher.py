@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 import numpy as np
 
 from ...errors import CaptureError, CheckpointError, KavaError, RecipeError, RetryLaterError, UnsupportedModelError
-from ...hub import ModelSource, check_weights, dense_source, load_config, model_geometry
+from ...hub import ModelSource, check_weights, dense_source, load_config, model_geometry, one_line
 from ...store import KVGeometry
 from ..teacher import Captured
 from ..tokens import Tokens
@@ -219,8 +219,7 @@ class VLLMTeacher:
             raise
         except (ValueError, TypeError, RuntimeError, NotImplementedError, AssertionError, KeyError, OSError) as error:
             _log.info("vLLM did not start", exc_info=True)
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise RecipeError(f"vLLM does not start with these engine settings: {reason}") from error
+            raise RecipeError(f"vLLM does not start with these engine settings: {one_line(error)}") from error
 
     def _arguments(self, source: ModelSource, dtype: str, batch_tokens: int) -> dict[str, Any]:
         from vllm.engine.arg_utils import EngineArgs

@@ -136,7 +136,7 @@ def tensor_shapes(name: str, files: Iterable[Path]) -> dict[str, Any]:
             else:
                 tensors |= _torch_file(path)
         except (SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise CheckpointError(
                 f"model {name!r}: {path.name} is damaged or not a weight file ({reason}). Copy it again"
             ) from error

@@ -7,6 +7,7 @@ name that is not in the table is refused.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ SPLITS: Final[dict[str, _Split]] = {
     "gpt-4o": _Split(_GPT4O),
 }
 """By `tokenizer.ggml.pre`, after llama.cpp's src/llama-vocab.cpp and the models' own tokenizer.json."""
+_NAMED: Final = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _READ: Final = {
     *("model", "pre", "tokens", "scores", "token_type", "merges"),
     *("bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id"),
@@ -90,8 +92,9 @@ def convert_tokenizer(path: Path, architecture: str, metadata: dict[str, Any], r
     for name, value in stated.items():
         if name not in _READ | _HARMLESS and value not in (False, "", []):
             raise refuse(f"{prefix}{name}", "kava does not know this setting")
-    loaded = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
-    backend = loaded.backend_tokenizer
+    with tempfile.TemporaryDirectory() as alone:  # Files of another tokenizer beside it would be mixed in.
+        (Path(alone) / path.name).symlink_to(path.resolve())
+        backend = PreTrainedTokenizerFast.from_pretrained(alone, gguf_file=path.name).backend_tokenizer
     if stated.get("model") == "gpt2":
         add_bos = _split_bytes(backend, stated.get("pre"), refuse)
     elif stated.get("model") == "llama":
@@ -99,7 +102,8 @@ def convert_tokenizer(path: Path, architecture: str, metadata: dict[str, Any], r
         _space_prefix(backend, architecture, stated.get("add_space_prefix", True), refuse)
     else:
         raise refuse(f"{prefix}model", f"the tokenizer {stated.get('model')!r} is not supported")
-    tokens = {name: getattr(loaded, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    ids = {name: stated.get(f"{key}_token_id") for name, key in _NAMED.items()}
+    tokens = {name: None if number is None else stated["tokens"][number] for name, number in ids.items()}
     _add_ends(backend, tokens, stated.get("add_bos_token", add_bos), stated.get("add_eos_token", False), refuse)
     template = metadata.get("tokenizer.chat_template")
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **tokens)

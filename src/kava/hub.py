@@ -19,7 +19,7 @@ from .checkpoint import KeyReport, find_key_mapping, meta_model, tensor_shapes, 
 from .errors import CheckpointError, RecipeError, UnsupportedModelError
 from .gguf import converted, put_in_place
 from .notices import notice
-from .sources import ModelSource, find_model, hub_reachable, loading, model_file
+from .sources import ModelSource, find_model, hub_reachable, loading, model_file, one_line
 from .store import KVGeometry, ModelIdentity, digest_file, digest_json
 from .tap import attention_layout, probe_geometry
 from .tokenizer import chat_template_digest, load_tokenizer, tokenizer_digest, tokenizer_file
@@ -39,6 +39,7 @@ __all__ = [
     "meta_model",
     "model_geometry",
     "model_identity",
+    "one_line",
     "refuse_unknown_rope",
     "stop_token_ids",
     "token_digests",
@@ -166,7 +167,9 @@ def check_weights(source: ModelSource) -> dict[str, str] | None:
     with loading(source):
         files = weight_files(source.name, lambda name: model_file(source, name))
     tensors = tensor_shapes(source.name, files)
-    mapping = find_key_mapping(source.name, type(meta_model(config)), config, tensors)
+    with loading(source):
+        model_class = type(meta_model(config))
+    mapping = find_key_mapping(source.name, model_class, config, tensors)
     if mapping:
         example = next(name for name in tensors if any(re.search(pattern, name) for pattern in mapping))
         notice(
@@ -193,7 +196,7 @@ def torch_device(name: str) -> Any:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         devices = ["auto", "cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-        reason = str(error).strip().split("\n")[0].rstrip(".")
+        reason = one_line(error).rstrip(".")
         raise RecipeError(
             f"device {name!r} cannot be used here: {reason}. Set device to one of {', '.join(devices)}"
         ) from error
@@ -220,7 +223,10 @@ def dense_source(source: ModelSource) -> ModelSource:
 @cache
 def model_geometry(source: ModelSource) -> KVGeometry:
     """The KV geometry of a model, from its config alone."""
-    return config_geometry(load_config(source))
+    config = load_config(source)
+    attention_layout(config)
+    with loading(source):
+        return config_geometry(config)
 
 
 def config_geometry(config: Any) -> KVGeometry:

@@ -23,8 +23,11 @@ from .store.fingerprint import file_stamp
 
 _LONGEST: Final = 300
 """Characters of a library's message."""
+_KEY: Final = 40
+"""Characters of a key; a KeyError with more holds a message."""
 _NOISE: Final = re.compile(
-    r"LOAD REPORT|layers were not sharded|TP rules were not applied|clean_up_tokenization|`torch_dtype` is deprecated"
+    r"LOAD REPORT|Missing validation function|"
+    r"layers were not sharded|TP rules were not applied|clean_up_tokenization|`torch_dtype` is deprecated"
     r"|checkpoint seem corrupted|generation flags are not valid|loss_type="
 )
 """Warnings of transformers that say nothing of what is computed here, or that kava reports itself."""
@@ -140,27 +143,22 @@ def loading(source: ModelSource) -> Iterator[None]:
         HubUnreachableError: if the model is on the hub, which cannot be reached.
         ModelNotFoundError: if it cannot be loaded for another reason, which the error states.
     """
-    from safetensors import SafetensorError
-
     try:
         with transformers_log() as lines:
             yield
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, KavaError):
-            raise
+    except KavaError:
+        raise
+    except Exception as error:  # Each library has classes of its own; --verbose shows the cause.
         if not source.is_local and not hub_reachable():
             raise HubUnreachableError(source.name) from error
-        raise ModelNotFoundError(f"model {source.name!r} cannot be loaded: {_reason(error)}") from error
+        raise ModelNotFoundError(f"model {source.name!r} cannot be loaded: {one_line(error)}") from error
     for line in lines:
         if not _NOISE.search(line):
-            notice(f"model {source.name!r}: transformers says: {_one_line(line)}", kind="warning")
+            notice(f"model {source.name!r}: transformers says: {one_line(line)}", kind="warning")
 
 
-def _reason(error: BaseException) -> str:
-    """Everything that an error says, on one line: its first line is often only a heading."""
-    return _one_line(str(error)) or type(error).__name__
-
-
-def _one_line(text: str) -> str:
-    joined = " ".join(text.split())
+def one_line(error: object) -> str:
+    """Return everything that a library's error or warning says, on one line: its first line is often only a heading."""
+    text = f"unknown key {error}" if isinstance(error, KeyError) and len(str(error)) < _KEY else str(error)
+    joined = " ".join(text.split()) or type(error).__name__
     return joined if len(joined) <= _LONGEST else f"{joined[:_LONGEST]}..."
