@@ -12,6 +12,7 @@ from ..hub import load_tokenizer, stop_token_ids
 from ..progress import progress
 from ..store import Lock, claimed
 from ..store.files import disk_errors, write_atomic
+from .misfits import check_teacher_tokenizer
 from .places import RECORD, read_record
 from .stage import Stage, Status
 from .teachers import open_writer
@@ -85,6 +86,7 @@ class GenerateStage(Stage):
 
     def _ask(self, name: str, questions: list[Question], chunks: list[range], settings: GenerateSettings) -> None:
         run, encoder = self.run, self.run.teacher_encoder(name)
+        check_teacher_tokenizer(run, name, run.prompts)
         tokenizer, stop_ids = load_tokenizer(run.teacher_source(name)), stop_token_ids(run.teacher_source(name))
         total = sum(len(chunk) for chunk in chunks)
         with open_writer(run, name) as writer, progress(self.label, total, "prompts") as advance:

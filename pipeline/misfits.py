@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from ..errors import AlignmentError, CorpusError, ModelNotFoundError
-from ..hub import find_model, token_digests
+from ..extract import Corpus, Encoder
+from ..extract.tokenizer_check import check_tokenizer
+from ..hub import find_model, load_config, load_tokenizer, token_digests, tokenizer_file, torch_device
 from ..store import Split
 from .maps.layers import layer_map
 from .run import Run
@@ -16,10 +18,16 @@ def refuse_misfits(run: Run, name: str) -> None:
         CorpusError: if nothing is left to train on.
         AlignmentError: if the projection that the recipe asks for cannot be made for this teacher and student, or
             the student is to be trained on logits of other tokens than its own.
+        CheckpointError: if a tokenizer loses text, or gives ids that its model cannot read.
+        RecipeError: if the teacher's device does not exist.
     """
     recipe = run.recipe
     if not run.corpus.split(Split.TRAIN):
         raise CorpusError(f"corpus {recipe.corpus.path}: every sample is held out, none is left to train on")
+    if recipe.extract.backend == "hf":
+        torch_device(run.teacher(name).device)
+    check_teacher_tokenizer(run, name, run.corpus)
+    check_student_tokenizer(run)
     try:
         source, target = run.teacher_geometry(name), run.planned_student_geometry()
     except ModelNotFoundError:  # The student may be on another machine.
@@ -34,6 +42,48 @@ def refuse_misfits(run: Run, name: str) -> None:
         )
     if recipe.train.logits is not None and name == run.train_teacher:
         _refuse_other_tokens(run, name)
+
+
+def check_teacher_tokenizer(run: Run, name: str, corpus: Corpus) -> None:
+    """Check a teacher's tokenizer on the text that it will read.
+
+    Raises:
+        CheckpointError: if it loses text, or gives ids that the teacher cannot read.
+    """
+    source = run.teacher_source(name)
+    encoder, original = run.teacher_encoder(name), tokenizer_file(source)
+    check_tokenizer(f"teacher {name}", encoder, corpus.records, load_config(source), original)
+
+
+def check_student_tokenizer(run: Run) -> None:
+    """Check the student's tokenizer on the corpus, unless it is trained on it, or on another machine.
+
+    Raises:
+        CheckpointError: if it loses text, or gives ids that the student cannot read.
+    """
+    from ..train.student import model_source, student_config
+
+    settings = run.recipe.student
+    try:
+        if run.has_student:
+            source = run.student_source
+        elif isinstance(settings.tokenizer, str):
+            source = find_model(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
+        elif settings.model is not None:
+            source = model_source(settings)
+        else:
+            return
+        tokenizer = load_tokenizer(source)
+        if run.has_student:
+            config = load_config(source)
+        elif settings.model is not None:
+            config = load_config(model_source(settings))
+        else:
+            config = student_config(settings, tokenizer)
+    except ModelNotFoundError:
+        return
+    encoder = Encoder(tokenizer, chat_template=settings.chat_template, add_eos=True)
+    check_tokenizer("student", encoder, run.corpus.records, config, tokenizer_file(source))
 
 
 def _refuse_other_tokens(run: Run, name: str) -> None:

@@ -24,6 +24,7 @@ from ..train.settings import TrainSettings
 from .capture_stages import ExtractStage, ReferenceStage
 from .fuse.stage import fuse_stage
 from .generate_stage import GenerateStage
+from .misfits import check_student_tokenizer
 from .places import RECORD, read_record
 from .run import Run
 from .select.stage import SelectStage
@@ -54,6 +55,7 @@ class StudentStage(Stage):
         """Makes model and tokenizer."""
         from ..train.student import make_student
 
+        check_student_tokenizer(self.run)
         texts = [self.run.corpus.records[i].text for i in self.run.corpus.split(Split.TRAIN)]
         make_student(self.run.recipe.student, self.output, texts)
         write_atomic(self.output / RECORD, json.dumps({"key": self.run.student_key}).encode())

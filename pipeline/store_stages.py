@@ -18,6 +18,7 @@ from .cluster.share import format_parts
 from .direct import capture_targets
 from .maps.project import fit_projector
 from .maps.projector import Projector
+from .misfits import check_student_tokenizer
 from .parallel import run_parts
 from .run import Run
 from .stage import Stage, State, Status
@@ -146,6 +147,8 @@ class TransformStage(StoreStage):
         store = KVStore.create(self.output, self.manifest())
         self.drop_outdated(store)
         missing, there = self.missing(store), set(parent.committed_parts())
+        if missing:
+            check_student_tokenizer(self.run)
         ready = [part for part in missing if part in there]
         with progress(self.label, len(ready), "parts") as advance:
             work = Unclaimed(transform, str(store.path.resolve()), store.manifest.fingerprint)

@@ -17,11 +17,17 @@ ALLOWED = {
     "answers": set(),
     "store": {"errors"},
     "tap": {"errors", "store"},
-    "hub": {"errors", "store", "tap"},
+    "notices": set(),
+    "checkpoint": {"errors", "notices"},
+    "gguf_tokenizer": {"errors"},
+    "gguf": {"errors", "store", "checkpoint", "gguf_tokenizer"},
+    "sources": {"errors", "notices", "store"},
+    "tokenizer": {"errors", "notices", "store", "gguf", "sources"},
+    "hub": {"errors", "notices", "store", "tap", "checkpoint", "gguf", "sources", "tokenizer"},
     "progress": {"errors"},
-    "extract": {"errors", "answers", "store", "tap", "hub"},
-    "train": {"errors", "answers", "store", "tap", "hub"},
-    "pipeline": {"errors", "store", "tap", "hub", "progress", "extract", "train"},
+    "extract": {"errors", "answers", "notices", "store", "tap", "hub"},
+    "train": {"errors", "answers", "notices", "store", "tap", "hub"},
+    "pipeline": {"errors", "notices", "store", "tap", "hub", "progress", "extract", "train"},
 }
 
 

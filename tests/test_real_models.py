@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,39 @@ def test_real_tokenizers_on_real_text() -> None:
     assert time.mask.mean() > 0.98
     shifted = source.spans[time.columns, 1] != target.spans[time.rows, 1]
     assert shifted.mean() < 0.1, "both split digits: their boundaries nearly agree"
+
+
+def test_smollm2_splits_text_as_llama_cpp_does() -> None:
+    """Every text of the demo's kind has the ids that a plain reading of the rule `smollm` gives."""
+    import reasoning_gym
+    import regex  # type: ignore[import-untyped]
+    from gguf import GGUFReader
+
+    source = find_model(smollm2_gguf())
+    fields = GGUFReader(source.gguf_path).fields
+    ids = {token: number for number, token in enumerate(fields["tokenizer.ggml.tokens"].contents())}
+    ranks = {tuple(m.split(" ")): n for n, m in enumerate(fields["tokenizer.ggml.merges"].contents())}
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    rule = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+    def merged(word: str) -> list[int]:
+        pieces = [letters[byte] for byte in word.encode()]
+        while pairs := [pair for pair in pairwise(pieces) if pair in ranks]:
+            best = min(pairs, key=ranks.__getitem__)
+            at = next(n for n, pair in enumerate(pairwise(pieces)) if pair == best)
+            pieces[at : at + 2] = ["".join(best)]
+        return [ids[piece] for piece in pieces]
+
+    data = reasoning_gym.create_dataset("gsm_symbolic", size=200, seed=1)
+    texts = [f"{x['question']}\n{x['metadata']['answer_cot']}" for x in data]
+    texts += ["He paid $ 100 for 10 and 20 000, 3 000 or 1,000.", "a 1 b 22 c 333\n\n 4444  x\t5"]
+    tokenizer = load_tokenizer(source)
+    for text in texts:
+        parts = [part for part in regex.split(r"(\p{N})", text) if part]
+        expected = [number for part in parts for word in regex.findall(rule, part) for number in merged(word)]
+        assert tokenizer(text)["input_ids"] == expected, text
 
 
 def test_llama2_tokenizer(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import RecipeError
-from ..hub import ModelSource, find_model, load_model, load_tokenizer
+from ..hub import ModelSource, find_model, load_model, load_tokenizer, one_line, refuse_unknown_rope
 from ..store.files import disk_errors
 from ..store.maker import is_gone, mark
 from ..tap import attention_layout, probe_geometry
@@ -118,10 +118,11 @@ def student_config(settings: StudentSettings, tokenizer: Any | None) -> Any:
     try:
         config = AutoConfig.for_model(model_type, **values)
     except Exception as error:
-        raise RecipeError(f"student.config: {str(error).splitlines()[0]}") from None
+        raise RecipeError(f"student.config: {one_line(error)}") from None
     if unknown := sorted(set(values) - set(config.to_dict())):
         raise RecipeError(f"student.config: {model_type} has no setting {unknown[0]!r}")
     attention_layout(config)
+    refuse_unknown_rope("student.config", config)
     return config
 
 

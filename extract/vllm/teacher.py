@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import numpy as np
 
-from ...errors import CaptureError, KavaError, RecipeError, RetryLaterError, UnsupportedModelError
-from ...hub import ModelSource, dense_source, load_config, model_geometry
+from ...errors import CaptureError, CheckpointError, KavaError, RecipeError, RetryLaterError, UnsupportedModelError
+from ...hub import ModelSource, check_weights, dense_source, load_config, model_geometry, one_line
 from ...store import KVGeometry
 from ..teacher import Captured
 from ..tokens import Tokens
@@ -98,8 +98,10 @@ class VLLMTeacher:
             BackendNotInstalledError: if vLLM is not there, or not in a supported version.
             RecipeError: if the engine does not start with these settings.
             UnsupportedModelError: if what this engine computes cannot be captured, or is not what transformers does.
+            CheckpointError: if the checkpoint does not hold exactly the tensors of its config.
         """
         self._config = load_config(source)
+        _refuse_other_names(source)
         self.max_tokens = max_prompt(self._config, settings)
         self.backend = f"vllm {installed_version()}"
         _quiet()
@@ -217,8 +219,7 @@ class VLLMTeacher:
             raise
         except (ValueError, TypeError, RuntimeError, NotImplementedError, AssertionError, KeyError, OSError) as error:
             _log.info("vLLM did not start", exc_info=True)
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise RecipeError(f"vLLM does not start with these engine settings: {reason}") from error
+            raise RecipeError(f"vLLM does not start with these engine settings: {one_line(error)}") from error
 
     def _arguments(self, source: ModelSource, dtype: str, batch_tokens: int) -> dict[str, Any]:
         from vllm.engine.arg_utils import EngineArgs
@@ -339,6 +340,15 @@ class VLLMTeacher:
         self._lost = self._lost or note is None
         if self._assembly is not None:
             self._assembly.take(rank, note, data)
+
+
+def _refuse_other_names(source: ModelSource) -> None:
+    """Check the checkpoint before the engine starts: vLLM leaves parameters that it lacks as they are allocated."""
+    if not source.gguf_file and check_weights(source):
+        raise CheckpointError(
+            f"model {source.name!r}: the checkpoint's names have prefixes of wrappers, which vLLM does not remove. "
+            "Load it once with transformers (key_mapping) and save it with save_pretrained, or set extract.backend: hf"
+        )
 
 
 def _pass_on(done: Future[None], assembly: Assembly) -> None:

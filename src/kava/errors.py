@@ -10,6 +10,7 @@ what is wrong, where, and how to mend it, in one line; the command line prints i
     ├── UnsupportedModelError     2   NotImplementedError
     ├── ModelNotFoundError        2   FileNotFoundError
     │   └── HubUnreachableError   2                     not in the local cache, and there is no network
+    ├── CheckpointError           2   ValueError        weights or a tokenizer that are not those of the model
     ├── BackendNotInstalledError  2   ImportError       the engine that the recipe asks for, or its version
     ├── CaptureError              1   RuntimeError      an engine did not deliver every row exactly once
     ├── TrainingError             1   ArithmeticError   a loss or gradient that is not finite
@@ -76,6 +77,10 @@ class HubUnreachableError(ModelNotFoundError):
     def __reduce__(self) -> tuple[type[HubUnreachableError], tuple[str]]:
         """From another process it comes back by its name; the text is made of that."""
         return type(self), (self.name,)
+
+
+class CheckpointError(KavaError, ValueError):
+    """A model's weights or tokenizer are incomplete, damaged, or not those of its config."""
 
 
 class BackendNotInstalledError(KavaError, ImportError):

@@ -5,140 +5,93 @@ Every failure to find or read one becomes a `ModelNotFoundError` of one line.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import shutil
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import re
+from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
-from .errors import HubUnreachableError, ModelNotFoundError
-from .store import KVGeometry, ModelIdentity, cache_folder, digest_file, digest_json
-from .store.fingerprint import file_stamp
+from .checkpoint import KeyReport, find_key_mapping, meta_model, tensor_shapes, weight_files
+from .errors import CheckpointError, RecipeError, UnsupportedModelError
+from .gguf import converted, put_in_place
+from .notices import notice
+from .sources import ModelSource, find_model, hub_reachable, loading, model_file, one_line
+from .store import KVGeometry, ModelIdentity, digest_file, digest_json
 from .tap import attention_layout, probe_geometry
+from .tokenizer import chat_template_digest, load_tokenizer, tokenizer_digest, tokenizer_file
+
+__all__ = [
+    "ModelSource",
+    "chat_template_digest",
+    "check_weights",
+    "config_geometry",
+    "count_parameters",
+    "dense_source",
+    "find_model",
+    "hub_reachable",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "meta_model",
+    "model_geometry",
+    "model_identity",
+    "one_line",
+    "refuse_unknown_rope",
+    "stop_token_ids",
+    "token_digests",
+    "tokenizer_digest",
+    "tokenizer_file",
+    "torch_device",
+    "weights_digest",
+]
 
 _WEIGHTS: Final = ("*.safetensors", "*.gguf", "*.bin")
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """A model or tokenizer as the recipe names it, and where that is."""
-
-    name: str
-    """As the recipe says."""
-    location: str
-    """A hub id or a local folder."""
-    gguf_file: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    stamp: tuple[int, ...] = ()
-    """Changes when a local folder or file is replaced, so that nothing remembered of the old one is used."""
-
-    @property
-    def is_local(self) -> bool:
-        """A folder on this machine, not a hub id."""
-        return Path(self.location).is_dir()
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Arguments for `from_pretrained`."""
-        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
-        if self.revision:
-            options["revision"] = self.revision
-        if self.gguf_file:
-            options["gguf_file"] = self.gguf_file
-        if not self.is_local and not hub_reachable():
-            options["local_files_only"] = True
-        return options
-
-
-def find_model(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
-    """Resolves `name`: a hub id, a folder, a `.gguf` file, or `package:PACKAGE/FILE` (a model inside a wheel).
-
-    Raises:
-        ModelNotFoundError: if a local name does not exist.
-    """
-    location = name
-    if name.startswith("package:"):
-        package, _, inner = name.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise ModelNotFoundError(f"model {name!r}: the Python package {package!r} is not installed here")
-        location = str(Path(spec.submodule_search_locations[0]) / inner)
-    path = Path(location)
-    looks_local = location.startswith((".", "/", "~")) or location.count("/") > 1 or location.endswith(".gguf")
-    if path.expanduser().exists():
-        path = path.expanduser()
-    elif looks_local or name != location:
-        raise ModelNotFoundError(f"model {name!r}: there is no such file or folder; give a hub id or an existing path")
-    else:
-        return ModelSource(name, location, revision=revision, trust_remote_code=trust_remote_code)
-    folder, gguf = (str(path.parent), path.name) if path.is_file() else (str(path), None)
-    return ModelSource(name, folder, gguf, revision, trust_remote_code, file_stamp(path))
-
-
-@cache
-def hub_reachable() -> bool:
-    """Whether the hub's name resolves; if not, the hub's libraries are told to look in their cache only.
-
-    Without this every lookup on an offline node retries for half a minute.
-    """
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        return False
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        from huggingface_hub import constants
-
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        constants.HF_HUB_OFFLINE = True
-        return False
-    return True
-
-
 @cache
 def load_config(source: ModelSource) -> Any:
-    """The model's config.
+    """Return the model's config.
 
     Raises:
         ModelNotFoundError: if it cannot be loaded.
+        CheckpointError: if the folder holds an adapter, or a GGUF file states what cannot be read right.
+        UnsupportedModelError: if its keys are rotated in a way that transformers does not know.
     """
     from transformers import AutoConfig
 
-    with _loading(source):
+    if source.is_local and (Path(source.location) / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"model {source.name!r}: the folder holds an adapter (adapter_config.json), not a whole model. Merge it "
+            "into its base model (peft: merge_and_unload) and save that"
+        )
+    with loading(source):
         if source.gguf_file:
-            return AutoConfig.from_pretrained(_gguf_sidecar(source))
-        return AutoConfig.from_pretrained(source.location, **source.options)
+            return AutoConfig.from_pretrained(converted(source.gguf_path))
+        config = AutoConfig.from_pretrained(source.location, **source.options)
+    refuse_unknown_rope(f"model {source.name!r}", config)
+    return config
 
 
-@cache
-def load_tokenizer(source: ModelSource) -> Any:
-    """The model's fast tokenizer.
+def refuse_unknown_rope(where: str, config: Any) -> None:
+    """Refuse a config whose `rope_type` transformers does not know: it would end in a traceback much later.
 
     Raises:
-        ModelNotFoundError: if it cannot be loaded, or has no fast form (byte spans need one).
+        UnsupportedModelError: if so.
     """
-    from transformers import AutoTokenizer
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    with _loading(source):
-        if source.gguf_file:
-            tokenizer = AutoTokenizer.from_pretrained(_gguf_sidecar(source))
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(source.location, **source.options)
-    if not tokenizer.is_fast:
-        raise ModelNotFoundError(f"model {source.name!r} has no fast tokenizer; kava needs one for byte spans")
-    return tokenizer
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for each in (parameters, *parameters.values()):
+        kind = each.get("rope_type", "default") if isinstance(each, dict) else "default"
+        if kind not in (known := {"default", *ROPE_INIT_FUNCTIONS}):
+            raise UnsupportedModelError(
+                f"{where}: rope_type {kind!r} is not known to this version of transformers, only "
+                f"{', '.join(sorted(known))}"
+            )
 
 
 def stop_token_ids(source: ModelSource) -> list[int]:
@@ -146,7 +99,7 @@ def stop_token_ids(source: ModelSource) -> list[int]:
     from transformers import GenerationConfig
 
     stops = [load_tokenizer(source).eos_token_id, getattr(load_config(source), "eos_token_id", None)]
-    folder = str(_gguf_sidecar(source)) if source.gguf_file else source.location
+    folder = str(converted(source.gguf_path)) if source.gguf_file else source.location
     options = {} if source.gguf_file else source.options
     with suppress(OSError, ValueError):  # Many models have none.
         stops.append(GenerationConfig.from_pretrained(folder, **options).eos_token_id)
@@ -155,7 +108,7 @@ def stop_token_ids(source: ModelSource) -> list[int]:
 
 
 def load_model(source: ModelSource, *, dtype: str, device: str = "auto") -> Any:
-    """The causal language model, in evaluation mode.
+    """Return the causal language model, in evaluation mode.
 
     Args:
         source: where it is.
@@ -164,43 +117,116 @@ def load_model(source: ModelSource, *, dtype: str, device: str = "auto") -> Any:
 
     Raises:
         ModelNotFoundError: if it cannot be loaded.
+        CheckpointError: if the checkpoint does not hold exactly the tensors of its config.
         UnsupportedModelError: if its architecture is not known.
+        RecipeError: if the device does not exist.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
-    layout = attention_layout(load_config(source))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = load_config(source)
+    layout = attention_layout(config)
+    place = torch_device(device)
     options = dict(source.options)
+    if source.gguf_file:
+        options["config"] = deepcopy(config)
+    else:
+        options["key_mapping"] = check_weights(source)
     if layout.attn_implementation:
         options["attn_implementation"] = layout.attn_implementation
-    with _loading(source):
-        model = AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, **options)
-    return _densified(model).to(device).eval()
+        notice(f"model {source.name!r}: attention is computed by {layout.attn_implementation!r}, which is exact for it")
+    with loading(source):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    if source.gguf_file:  # For packed tensors transformers compares no shapes.
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        own = {name: tensor.shape for name, tensor in meta_model(config).state_dict().items()}
+        info["mismatched_keys"] |= {(name, shapes[name], own[name]) for name in own if shapes[name] != own[name]}
+    KeyReport.of(info).refuse(source.name)
+    if options.get("key_mapping"):  # A saved copy has the model's own names.
+        model._weight_conversions = [
+            c for c in model._weight_conversions if not {*c.source_patterns} & {*options["key_mapping"]}
+        ]
+    return _densified(model).to(place).eval()
+
+
+@cache
+def check_weights(source: ModelSource) -> dict[str, str] | None:
+    """Check a model's checkpoint before any weight is read.
+
+    Returns:
+        The renaming, for `from_pretrained`, that removes the prefixes of wrappers around the saved model; None if
+        there are none.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged, or if the tensors are not exactly those of the config.
+    """
+    config = load_config(source)
+    if source.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return None  # The class is the checkpoint's own: it is checked when it is loaded.
+    with loading(source):
+        files = weight_files(source.name, lambda name: model_file(source, name))
+    tensors = tensor_shapes(source.name, files)
+    with loading(source):
+        model_class = type(meta_model(config))
+    mapping = find_key_mapping(source.name, model_class, config, tensors)
+    if mapping:
+        example = next(name for name in tensors if any(re.search(pattern, name) for pattern in mapping))
+        notice(
+            f"model {source.name!r}: prefixes of wrappers are removed from the checkpoint's names, as in {example!r}"
+        )
+    return mapping
+
+
+def torch_device(name: str) -> Any:
+    """Return a torch device that can be used here.
+
+    Args:
+        name: `auto` for CUDA where there is one, or a name that torch knows.
+
+    Raises:
+        RecipeError: if there is no such device.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        devices = ["auto", "cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        reason = one_line(error).rstrip(".")
+        raise RecipeError(
+            f"device {name!r} cannot be used here: {reason}. Set device to one of {', '.join(devices)}"
+        ) from error
+    return device
 
 
 def dense_source(source: ModelSource) -> ModelSource:
-    """The same model as a plain folder: one in a GGUF file is unpacked once, in float32, into kava's cache.
+    """Return the same model as a plain folder: one in a GGUF file is unpacked once, in float32, into kava's cache.
 
     Raises:
         ModelNotFoundError: if it cannot be loaded.
     """
     if not source.gguf_file:
         return source
-    sidecar = _gguf_sidecar(source)
+    sidecar = converted(source.gguf_path)
     folder = sidecar.with_name(f"{sidecar.name}-dense")
     if not folder.is_dir():
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
         load_model(source, dtype="float32", device="cpu").save_pretrained(temporary)
-        _put_in_place(temporary, folder)
+        put_in_place(temporary, folder)
     return find_model(str(folder))
 
 
 @cache
 def model_geometry(source: ModelSource) -> KVGeometry:
     """The KV geometry of a model, from its config alone."""
-    return config_geometry(load_config(source))
+    config = load_config(source)
+    attention_layout(config)
+    with loading(source):
+        return config_geometry(config)
 
 
 def config_geometry(config: Any) -> KVGeometry:
@@ -215,16 +241,6 @@ def config_geometry(config: Any) -> KVGeometry:
         if isinstance(parameters, dict) and parameters.get("rope_type") in ("dynamic", "longrope"):
             parameters["rope_type"] = "default"  # These look at positions, which have no numbers there.
     return probe_geometry(meta_model(config))
-
-
-def meta_model(config: Any) -> Any:
-    """The causal language model of a config on the `meta` device: every module, no weights."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        # Of the ways to compute experts, the one whose shapes do not depend on numbers.
-        return AutoModelForCausalLM.from_config(_unquantized(deepcopy(config)), experts_implementation="batched_mm")
 
 
 def count_parameters(config: Any) -> int:
@@ -257,44 +273,10 @@ def weights_digest(folder: Path, gguf_file: str | None = None) -> str:
     return digest_json([[p.name, digest_file(p)] for p in files])
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Digest of everything that maps text to ids: vocabulary, merges, normaliser, post-processor."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    return digest_json({k: v for k, v in state.items() if k not in ("truncation", "padding")})
-
-
-def chat_template_digest(tokenizer: Any) -> str:
-    """Digest of the tokenizer's chat template."""
-    return digest_json(tokenizer.chat_template)
-
-
 def token_digests(source: ModelSource, *, chat_template: bool) -> tuple[str, str | None]:
     """What determines the tokens of a text: digests of the tokenizer and, where it is used, of its chat template."""
     tokenizer = load_tokenizer(source)
     return tokenizer_digest(tokenizer), chat_template_digest(tokenizer) if chat_template else None
-
-
-def _gguf_sidecar(source: ModelSource) -> Path:
-    """Config and tokenizer of a GGUF file as ordinary files, made once: reading them from GGUF takes ten seconds."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    assert source.gguf_file is not None
-    folder = cache_folder() / "gguf" / digest_file(Path(source.location) / source.gguf_file)
-    if not folder.is_dir():
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-        temporary.mkdir(parents=True, exist_ok=True)
-        config = _unquantized(AutoConfig.from_pretrained(source.location, **source.options))
-        config.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(source.location, **source.options).save_pretrained(temporary)
-        _put_in_place(temporary, folder)
-    return folder
-
-
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    try:
-        temporary.rename(folder)
-    except OSError:  # Another process was first.
-        shutil.rmtree(temporary)
 
 
 def _densified(model: Any) -> Any:
@@ -307,28 +289,11 @@ def _densified(model: Any) -> Any:
     return model
 
 
-def _unquantized(config: Any) -> Any:
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
-
-
 def _commit(source: ModelSource) -> str | None:
     from transformers.utils import cached_file
 
     offline = not hub_reachable()
-    with _loading(source):
+    with loading(source):
         path = cached_file(source.location, "config.json", revision=source.revision, local_files_only=offline)
     parent = Path(path or "").parent
     return parent.name if parent.parent.name == "snapshots" else source.revision
-
-
-@contextmanager
-def _loading(source: ModelSource) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if not source.is_local and not hub_reachable():
-            raise HubUnreachableError(source.name) from error
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ModelNotFoundError(f"model {source.name!r} cannot be loaded: {reason}") from error

@@ -1,0 +1,49 @@
+"""Lines on stderr that are not errors: each is printed once per process, by the first process of a distributed job."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final, Literal
+
+_printed: Final[set[str]] = set()
+
+
+def notice(message: str, *, kind: Literal["note", "warning"] = "note") -> None:
+    """Print a line on stderr, unless this process has printed it before.
+
+    Args:
+        message: one line, without a final period if it names a value last.
+        kind: `warning` for anything that may change numbers.
+    """
+    line = f"{kind}: {message}"
+    if line in _printed:
+        return
+    _printed.add(line)
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def transformers_log() -> Iterator[list[str]]:
+    """Yield a list that collects the warnings that transformers logs meanwhile, which are then printed nowhere else."""
+    lines: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    import transformers  # noqa: F401 - it sets its logger up when it is imported
+
+    logger = logging.getLogger("transformers")
+    before = logger.handlers, logger.level, logger.propagate
+    logger.handlers, logger.propagate = [Collector()], False
+    logger.setLevel(logging.WARNING)
+    try:
+        yield lines
+    finally:
+        logger.handlers, level, logger.propagate = before
+        logger.setLevel(level)
