@@ -123,6 +123,8 @@ class _Loader:
     """Fields that have a value in some record."""
     _used: set[str] = field(default_factory=set)
     _unread_keys: set[str] = field(default_factory=set)
+    _with_calls: int = 0
+    """Records with tool calls."""
     _marked: int = 0
     """Records without a rationale whose answer contains GSM8K's mark."""
 
@@ -180,6 +182,8 @@ class _Loader:
             lines.append(f"columns that are not read: {_listed(unread)}")
         if self._unread_keys:
             lines.append(f"keys of messages whose text is not read: {_listed(sorted(self._unread_keys))}")
+        if self._with_calls:
+            lines.append(f"{self._with_calls:,} records have tool calls, which are read under a chat template alone")
         if self._marked:
             lines.append(
                 f"{self._marked:,} answers contain {GSM8K_MARK} and their records have no rationale; corpus.split: "
@@ -194,10 +198,10 @@ class _Loader:
             self._fields.update(dict.fromkeys(row))
         self._with_value.update(key for key in row if key not in self._with_value and row[key] is not None)
         self._used.update(columns)
-        if reading.messages is not None:
-            self._unread_keys |= unread_keys(reading.messages)
+        self._unread_keys |= unread_keys(reading.messages)
+        self._with_calls += any(message.get("tool_calls") for message in reading.messages)
         segments = {piece.segment for piece in reading.pieces}
-        if Segment.RATIONALE not in segments and reading.messages is None:
+        if Segment.RATIONALE not in segments and not reading.messages:
             self._marked += any(p.segment == Segment.ANSWER and f"\n{GSM8K_MARK}" in p.text for p in reading.pieces)
 
     def _refuse_absent_columns(self, source: Source) -> None:

@@ -27,7 +27,7 @@ class Reading:
     """A record as a format reads it."""
 
     pieces: list[Piece]
-    messages: tuple[dict[str, Any], ...] | None = None
+    messages: tuple[dict[str, Any], ...] = ()
 
 
 Read = Callable[[Row, str, str], Reading]
@@ -286,7 +286,7 @@ def split_pieces(pieces: list[Piece], split: SplitSettings, where: str) -> list[
 
 def _adjusted(reading: Reading, settings: CorpusSettings, where: str) -> list[Piece]:
     pieces = reading.pieces
-    if reading.messages is not None:
+    if reading.messages:
         key = "split" if settings.text_split else "answer_prefix" if settings.answer_prefix else "drop_last_step"
         raise CorpusError(f"{where}: corpus.{key} does not apply to messages. Remove it, or convert the records.")
     if settings.text_split is not None:

@@ -1,13 +1,13 @@
 """Chats: which texts of a message belong to the canonical text, and to which segment.
 
 A message stays as the record has it: an empty system prompt stays empty, two assistant turns stay two. Its *parts* are
-the strings that a chat template renders as they are: the reasoning, the content, and each tool call's name and
-arguments. What the assistant reasons is rationale, what else it says is answer, and all other roles are prompt.
+the strings that a chat template renders as they are: the reasoning and the content. What the assistant reasons is
+rationale, what else it says is answer, and all other roles are prompt. A tool call is written by each chat template in
+its own way, so it belongs to the template's text and not to the canonical one.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,9 @@ from ..errors import CorpusError
 from ..store import Segment
 from .record import Piece
 
-MESSAGE_KEYS: Final = frozenset({"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name"})
+REASONING: Final = ("reasoning_content", "reasoning", "thinking")
+"""Keys of an assistant's reasoning, as different servers and templates name them."""
+MESSAGE_KEYS: Final = frozenset({"role", "content", "tool_calls", "tool_call_id", "name", *REASONING})
 """Keys of a message that are read; a chat template gets the others too, but no text of them is aligned."""
 _THOUGHT: Final = re.compile(r"\s*<think>\s*\S.*?</think>", re.DOTALL)
 """A thought with text in it, at the beginning of a message."""
@@ -47,7 +49,6 @@ class Part:
     """Keys that lead to it inside the message."""
     role: str
     text: str
-    """Empty for content that is empty, which is no text but is rendered."""
 
 
 def read_messages(value: Any, column: str, where: str) -> tuple[dict[str, Any], ...]:
@@ -92,36 +93,22 @@ def from_sharegpt(value: Any, column: str, where: str) -> tuple[dict[str, Any], 
 
 
 def parts_of(messages: Sequence[dict[str, Any]]) -> Iterator[Part]:
-    """The parts of all messages, in the order in which templates render them."""
+    """The parts of all messages that have text, in the order in which templates render them."""
     for number, message in enumerate(messages):
-        role = str(message["role"])
-        for key in ("reasoning_content", "content"):
-            if message.get(key) is not None:
-                yield Part(number, (key,), role, message[key])
-        for index, call in enumerate(message.get("tool_calls") or ()):
-            base: tuple[str | int, ...] = ("tool_calls", index)
-            function = call
-            if "function" in call:
-                base, function = (*base, "function"), call["function"]
-            yield Part(number, (*base, "name"), role, function["name"])
-            if function.get("arguments") is not None:
-                yield Part(number, (*base, "arguments"), role, arguments_text(function["arguments"]))
-
-
-def arguments_text(arguments: Any) -> str:
-    """A tool call's arguments as templates write them: a string as it is, anything else as JSON."""
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        for path, text in _texts(message):
+            if text:
+                yield Part(number, path, str(message["role"]), text)
 
 
 def message_pieces(messages: Sequence[dict[str, Any]], column: str) -> list[Piece]:
-    """The pieces of the canonical text, one turn for each part that is not empty."""
+    """The pieces of the canonical text, one turn for each part."""
     pieces = []
     for part in parts_of(messages):
         if part.role != "assistant":
             pieces.append(Piece(part.role, part.text, Segment.PROMPT, column))
-        elif part.path == ("reasoning_content",):
+        elif part.path[0] in REASONING:
             pieces.append(Piece(part.role, part.text, Segment.RATIONALE, column))
-        elif part.path == ("content",) and (thought := _THOUGHT.match(part.text)):
+        elif thought := _THOUGHT.match(part.text):
             pieces.append(Piece(part.role, thought[0], Segment.RATIONALE, column))
             rest = part.text[thought.end() :]
             pieces.append(Piece(part.role, rest, Segment.ANSWER, column, glue="", same_turn=True))
@@ -135,11 +122,23 @@ def unread_keys(messages: Sequence[dict[str, Any]]) -> set[str]:
     return {str(key) for message in messages for key in message.keys() - MESSAGE_KEYS}
 
 
+def _texts(message: dict[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """The strings of a message that belong to the canonical text, with the keys that lead to them."""
+    for key in (*REASONING, "content"):
+        value = message.get(key)
+        if isinstance(value, str):
+            yield (key,), value
+        elif isinstance(value, list):
+            for number, part in enumerate(value):
+                yield (key, number, "text"), part["text"]
+
+
 def _checked(message: dict[str, Any], where: str) -> dict[str, Any]:
     kept = {key: value for key, value in message.items() if value is not None or key == "content"}
-    for key in ("role", "content", "reasoning_content"):
-        if kept.get(key) is not None and not isinstance(kept[key], str):
+    for key in ("role", *REASONING):
+        if not isinstance(kept.get(key, ""), str):
             raise CorpusError(f"{where}.{key} must be a string, not {type(kept[key]).__name__}.")
+    _check_content(kept.get("content"), where)
     calls = kept.get("tool_calls", [])
     if not isinstance(calls, list | tuple):
         raise CorpusError(f"{where}.tool_calls must be a list, not {type(calls).__name__}.")
@@ -147,10 +146,20 @@ def _checked(message: dict[str, Any], where: str) -> dict[str, Any]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise CorpusError(f"{where}.tool_calls[{number}] must have a function with a name, not {_short(call)}.")
-    if kept.get("content") is None and not calls and "reasoning_content" not in kept:
+    if kept.get("content") is None and not calls and not any(key in kept for key in REASONING):
         raise CorpusError(f"{where}.content is missing. Give a string; an empty one is kept as it is.")
     composed: dict[str, Any] = _composed(kept)
     return composed
+
+
+def _check_content(content: Any, where: str) -> None:
+    if content is None or isinstance(content, str):
+        return
+    if not isinstance(content, list | tuple):
+        raise CorpusError(f"{where}.content must be a string, not {type(content).__name__}.")
+    for number, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+            raise CorpusError(f"{where}.content[{number}] must be text, not {_short(part)}. Remove the record.")
 
 
 def _composed(value: Any) -> Any:

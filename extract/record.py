@@ -30,8 +30,8 @@ class Record:
     """Chat role and character range of each text that a chat template renders; of a record with `messages` one for
     each non-empty part, in the order of `messages.parts_of`."""
     split: Split = Split.TRAIN
-    messages: tuple[dict[str, Any], ...] | None = None
-    """The messages as the record has them, in NFC; None if the record is not a chat."""
+    messages: tuple[dict[str, Any], ...] = ()
+    """The messages as the record has them, in NFC; empty if the record is not a chat."""
     steps: tuple[tuple[int, int], ...] = ()
     """UTF-8 byte ranges of the rationale's steps in the canonical text; empty if they are not known."""
 
@@ -45,7 +45,7 @@ class Record:
         """What determines the tokens and segments of the record, as JSON values."""
         content: list[Any] = [self.text, self.segments, self.turns]
         # Plain messages follow from text and turns; so the digest of a plain chat says nothing more.
-        if self.messages is not None and not all(map(_is_plain, self.messages)):
+        if not all(map(_is_plain, self.messages)):
             content.append({"messages": self.messages})
         if self.steps:
             content.append({"steps": self.steps})
@@ -80,7 +80,7 @@ def assemble(
     separator: str,
     sample_id: str,
     where: str,
-    messages: tuple[dict[str, Any], ...] | None = None,
+    messages: tuple[dict[str, Any], ...] = (),
 ) -> Record:
     """Joins pieces to a record.
 

@@ -85,7 +85,7 @@ class RecordFile(Sequence[Record]):
             tuple((start, stop, Segment(kind)) for start, stop, kind in segments),
             tuple((role, start, stop) for role, start, stop in turns),
             Split(self.splits[index]),
-            None if messages is None else tuple(messages),
+            tuple(messages),
             tuple((start, stop) for start, stop in steps),
         )
 

@@ -16,7 +16,7 @@ BYTES_PER_TOKEN: Final = 2.5
 """UTF-8 bytes of text per token, on the low side of today's tokenizers, for cutting the corpus into parts."""
 
 
-def samples_per_part(sizes: list[float]) -> int:
+def samples_per_part(sizes: Sequence[float]) -> int:
     """The largest number of samples per part with which no part exceeds `PART_BYTES` and there are `MIN_PARTS`."""
     low, high = 1, max(1, -(-len(sizes) // MIN_PARTS))
     while low < high:

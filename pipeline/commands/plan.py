@@ -6,6 +6,7 @@ instead.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Final
 
 from rich.console import Console
@@ -17,7 +18,7 @@ from ...store import KVGeometry
 from ...store.dtypes import dtype_of
 from ...store.manifest import default_page_tokens
 from ..maps.layers import LayerMap, layer_map
-from ..misfits import refuse_misfits
+from ..misfits import refuse_misfits, segment_warnings
 from ..plan.plan import Plan
 from ..plan.show import size_tables
 from ..run import Run
@@ -53,8 +54,13 @@ def print_plan(plan: Plan, chosen: list[str], out: Console) -> None:
             if not any(str(error) in problem for problem in problems):
                 problems.append(f"{name}: {error}")
     if plan.corpus is not None:
-        size = sum(len(record.text.encode()) for record in plan.corpus.records)
-        out.print(f"corpus              {len(plan.corpus)} samples, {size / 1e6:.1f} MB of text\n")
+        with suppress(KavaError):  # Not written yet.
+            problems += segment_warnings(run)
+        size = sum(plan.corpus.text_bytes)
+        out.print(f"corpus              {len(plan.corpus)} samples, {size / 1e6:.1f} MB of text")
+        for note in plan.corpus.notes:
+            out.print(f"                    {note}", markup=False)
+        out.print()
     wide = out if out.is_terminal else Console(file=out.file, width=400, highlight=False)
     for table in size_tables(plan):
         wide.print(table)
