@@ -47,7 +47,9 @@ CHAT = [
         ([{"q": "a", "answer": "b"}], {"fields": {"prompt": "q"}}, "c18d3a548473807a50dc1d73c95f543d", []),
     ],
 )
-def test_digests_stay(tmp_path: Path, rows: list[Any], settings: dict[str, Any], digest: str, heldout: list[int]) -> None:
+def test_digests_stay(
+    tmp_path: Path, rows: list[Any], settings: dict[str, Any], digest: str, heldout: list[int]
+) -> None:
     path = tmp_path / "corpus.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
     corpus = load_corpus(CorpusSettings.model_validate({"path": str(path), **settings}))
