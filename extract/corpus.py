@@ -197,7 +197,7 @@ class _Loader:
         if row.keys() - self._fields.keys():
             self._fields.update(dict.fromkeys(row))
         self._with_value.update(key for key in row if key not in self._with_value and row[key] is not None)
-        self._used.update(columns)
+        self._used.update(columns, (self.settings.fields.id or "id",))
         self._unread_keys |= unread_keys(reading.messages)
         self._with_calls += any(message.get("tool_calls") for message in reading.messages)
         segments = {piece.segment for piece in reading.pieces}
