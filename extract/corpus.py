@@ -8,17 +8,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 from ..errors import CorpusError
 from ..store import Segment, Split, digest_json
 from .corpus_settings import CorpusSettings, FieldNames, HeldoutSettings, SplitSettings
 from .files import Source, corpus_stamp, find_sources
-from .formats import GSM8K_MARK, Reading, Row, formats_of, needed_columns, read_row
+from .formats import GSM8K_MARK, Format, Reading, Row, formats_of, needed_columns, read_row
 from .heldout import Groups, hold_out
 from .messages import unread_keys
 from .record import Record, assemble
 from .record_file import RecordFile, segment_bytes
+
+_REMEMBERED: Final = 1000
 
 __all__ = [
     "Corpus",
@@ -101,6 +103,7 @@ def load_corpus(settings: CorpusSettings) -> Corpus:
         raise CorpusError(f"corpus {settings.label}: there is no record in it. Name another file.")
     if heldout is not None and heldout.path is not None:
         loader.read((heldout.path,) if isinstance(heldout.path, str) else heldout.path, Split.HELDOUT)
+    loader.records.flush()
     loader.refuse_absent_fields()
     loader.records.refuse_repeated_ids()
     if heldout is not None and heldout.path is None:
@@ -125,6 +128,7 @@ class _Loader:
     _unread_keys: set[str] = field(default_factory=set)
     _with_calls: int = 0
     """Records with tool calls."""
+    _by_keys: dict[tuple[str, ...], list[Format]] = field(default_factory=dict)
     _marked: int = 0
     """Records without a rationale whose answer contains GSM8K's mark."""
 
@@ -135,27 +139,35 @@ class _Loader:
 
     def read(self, paths: Sequence[str], split: Split) -> None:
         """Reads the files of these names."""
-        settings, formats, number = self.settings, formats_of(self.settings), 0
-        repeats: Counter[str] = Counter()
+        settings, formats = self.settings, formats_of(self.settings)
+        number, first = 0, len(self.records)
         choose = lambda columns: needed_columns(settings, columns)  # noqa: E731
         for source in find_sources(settings, paths, choose):
             self._fields.update(dict.fromkeys(source.columns or ()))
             self._refuse_absent_columns(source)
             for where, row in source.rows():
                 if settings.limit is not None and number >= settings.limit:
-                    return
+                    break
                 number += 1
-                known, reading = read_row(row, formats, settings, where)
+                known, reading = read_row(row, self._candidates(row, formats), settings, where)
                 self._note(row, known.name, known.line, known.columns, reading)
                 name = _sample_id(row, settings.fields.id or "id", where)
                 record = assemble(reading.pieces, settings.separator, name, where, reading.messages)
-                if not name:  # The content names the sample, and its repetitions are counted.
-                    digest = digest_json(record.content)[:16]
-                    repeats[digest] += 1
-                    name = digest if repeats[digest] == 1 else f"{digest}-{repeats[digest]}"
-                self.records.append(replace(record, sample_id=name, split=split), where)
+                named = bool(name)
+                name = name or digest_json(record.content)[:16]
+                self.records.append(replace(record, sample_id=name, split=split), where, named=named)
                 if self.groups is not None:
                     self.groups.append(self._group(row, where))
+        self.records.number_repetitions(first)
+
+    def _candidates(self, row: Row, formats: list[Format]) -> list[Format]:
+        """The formats whose required fields a record has, remembered for records of the same fields."""
+        keys = tuple(row)
+        if keys not in self._by_keys:
+            if len(self._by_keys) >= _REMEMBERED:
+                self._by_keys.clear()
+            self._by_keys[keys] = [known for known in formats if row.keys() >= set(known.required)]
+        return self._by_keys[keys]
 
     def refuse_absent_fields(self) -> None:
         """Makes sure that every field that the recipe names has a value in some record.

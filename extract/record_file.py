@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import IO, Any, Final, overload
 
 import numpy as np
 
@@ -23,16 +23,23 @@ from ..store import Segment, Split
 from ..store.files import disk_errors, read_all
 from .record import Record
 
+_BLOCK: Final = 1 << 20
+
 
 class RecordFile(Sequence[Record]):
     """A sequence of records on disk; `append` each, then read by index."""
 
     def __init__(self) -> None:
-        with disk_errors(Path(tempfile.gettempdir())):
-            self._file: IO[bytes] = tempfile.TemporaryFile(prefix="kava-corpus-", buffering=1 << 20)  # noqa: SIM115
+        self._folder = Path(tempfile.gettempdir())
+        with disk_errors(self._folder):
+            self._file: IO[bytes] = tempfile.TemporaryFile(prefix="kava-corpus-", buffering=0)  # noqa: SIM115
+        self._unwritten = bytearray()
         weakref.finalize(self, self._file.close)
         self._offsets = array("q", [0])
         self._ids = array("Q")
+        """Hash of each record's id."""
+        self._repeats = array("I")
+        """Which of the records of one content it is, from 1 on; 0 for a record with an id of its own."""
         self.splits = bytearray()
         """Split of each record."""
         self.text_bytes = array("q")
@@ -41,28 +48,35 @@ class RecordFile(Sequence[Record]):
         """UTF-8 bytes of each segment, of all records together."""
         self.segment_records: dict[Segment, int] = dict.fromkeys(Segment, 0)
         """Number of records in which a segment has text."""
-        self._flushed = False
 
-    def append(self, record: Record, where: str) -> None:
+    def append(self, record: Record, where: str, *, named: bool = True) -> None:
         """Adds a record.
 
         Args:
             record: its `split` may be changed in `splits` later.
             where: file and line, for messages.
+            named: false if its id is a digest of its content, which `number_repetitions` makes unique.
         """
         fields = [where, record.sample_id, record.text, record.segments, record.turns, record.messages, record.steps]
         data = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
-        with disk_errors(Path(tempfile.gettempdir())):
-            self._file.write(data)
-        self._flushed = False
+        self._unwritten += data
+        if len(self._unwritten) >= _BLOCK:
+            self.flush()
         self._offsets.append(self._offsets[-1] + len(data))
         self._ids.append(_hash(record.sample_id))
+        self._repeats.append(0 if named else 1)
         self.splits.append(record.split)
         self.text_bytes.append(record.num_bytes)
         sizes = segment_bytes(record)
         for segment, size in sizes.items():
             self.segment_bytes[segment] += size
             self.segment_records[segment] += 1
+
+    def flush(self) -> None:
+        """Writes what was appended; threads may read at the same time from then on."""
+        with disk_errors(self._folder):
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
     def __len__(self) -> int:
         return len(self.splits)
@@ -107,6 +121,33 @@ class RecordFile(Sequence[Record]):
             first += 1
         raise ValueError(sample_id)
 
+    def number_repetitions(self, first: int) -> None:
+        """Tells records of one content apart: the second one's id ends in `-2`, and so on.
+
+        Args:
+            first: the record to begin with.
+        """
+        hashes = np.frombuffer(self._ids, np.uint64)[first:].copy()
+        order = np.argsort(hashes, kind="stable")
+        hashes = hashes[order]
+        counts: dict[str, int] = {}
+        before = -1
+        for place in np.flatnonzero(hashes[1:] == hashes[:-1]).tolist():
+            if place != before + 1:  # Another run of equal hashes.
+                counts = {}
+            before = place
+            for index in (first + int(order[place]), first + int(order[place + 1])):
+                if self._repeats[index] != 1:
+                    continue
+                name = self._fields(index)[1]
+                if index == first + int(order[place]) and name in counts:
+                    continue
+                counts[name] = counts.get(name, 0) + 1
+                self._repeats[index] = counts[name]
+        for index in np.flatnonzero(np.frombuffer(self._repeats, np.uint32)[first:] > 1).tolist():
+            self._ids[first + index] = _hash(self._fields(first + index)[1])
+        self.__dict__.pop("_sorted", None)
+
     def refuse_repeated_ids(self) -> None:
         """Makes sure that every id occurs once.
 
@@ -136,12 +177,12 @@ class RecordFile(Sequence[Record]):
         return hashes[order], order
 
     def _fields(self, index: int) -> list[Any]:
-        if not self._flushed:
-            with disk_errors(Path(tempfile.gettempdir())):
-                self._file.flush()
-            self._flushed = True
+        if self._unwritten:
+            self.flush()
         start, stop = self._offsets[index], self._offsets[index + 1]
         fields: list[Any] = json.loads(read_all(self._file.fileno(), stop - start, start))
+        if self._repeats[index] > 1:
+            fields[1] = f"{fields[1]}-{self._repeats[index]}"
         return fields
 
 

@@ -157,7 +157,7 @@ def test_what_does_not_fit_is_refused_with_the_field(load: Load, row: Any, setti
 
 
 def test_messages_stay_as_they_are(load: Load) -> None:
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "system", "content": ""},
         {"role": "user", "content": "cafe\u0301?"},
         {"role": "assistant", "content": None, "tool_calls": [CALL], "extra": 1},
@@ -197,7 +197,10 @@ def test_messages_stay_as_they_are(load: Load) -> None:
 
 
 def test_parquets_absent_keys_are_absent(load: Load) -> None:
-    chat = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "C", "tool_calls": None, "name": None}]
+    chat: list[dict[str, Any]] = [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "C", "tool_calls": None, "name": None},
+    ]
     plain = [{key: value for key, value in message.items() if value is not None} for message in chat]
     assert load({"messages": chat}).digest == load({"messages": plain}).digest
 
