@@ -58,7 +58,7 @@ def _refuse_empty_segments(run: Run) -> None:
             notes = "; ".join(run.corpus.notes)
             raise CorpusError(
                 f"corpus {recipe.label}: {key} needs a {segment}, and no record has one ({notes}). Name its field "
-                f"(corpus.fields.{segment}), split a field (corpus.split), or leave {key} out."
+                f"under corpus.fields, cut a field in two (corpus.split), or leave {key} out."
             )
 
 
@@ -71,6 +71,8 @@ def _needs(run: Run) -> Iterator[tuple[str, str, int, str]]:
     if recipe.select is not None:
         name = recipe.select.segment
         yield "select", name, records[SEGMENTS[name]], "and all their slots stay empty"
+    if (segments := recipe.train.ce_segments) and not any(records[SEGMENTS[name]] for name in segments):
+        yield "train.ce_segments", " or ".join(segments), 0, "and nothing of them is predicted"
 
 
 def _refuse_other_tokens(run: Run, name: str) -> None:

@@ -36,7 +36,7 @@ from ..train.settings import ByteLevelBPE, StudentSettings, TrainSettings
 from .fuse.rules import RULES, Weighting
 from .maps.heads import HEAD_MAPS, RIDGE
 from .maps.resample import RESAMPLERS
-from .recipe_file import expand_paths, read_yaml, refuse_values
+from .recipe_file import expand_paths, read_yaml, refuse_values, set_key
 from .select.rules import SELECTORS, Selector
 
 DTypeName = Literal["bfloat16", "float16", "float32"]
@@ -345,7 +345,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(raw, dict):
         raise RecipeError(f"recipe {path}: must be a mapping of sections, not {type(raw).__name__}")
     for override in overrides:
-        _override(raw, override)
+        set_key(raw, override)
     try:
         refuse_values(raw)
         expand_paths(raw)
@@ -355,25 +355,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate_json(json.dumps(raw), strict=True)  # JSON's lists are tuples, too.
     except ValidationError as error:
         raise RecipeError(f"recipe {path}: " + "; ".join(_explain(e) for e in error.errors())) from None
-
-
-def _override(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise RecipeError(f"-s {override!r}: write it as key.sub=value, for example -s train.alpha=0.5")
-    try:
-        value = read_yaml(text)
-    except RecipeError as error:
-        raise RecipeError(f"-s {override!r}{error}") from None
-    *parents, last = key.strip().split(".")
-    node = raw
-    for depth, name in enumerate(parents):
-        if node.get(name) is None:
-            node[name] = {}
-        if not isinstance(node[name], dict):
-            raise RecipeError(f"-s {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
-        node = node[name]
-    node[last] = value
 
 
 def _explain(error: Any) -> str:

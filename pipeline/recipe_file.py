@@ -77,6 +77,34 @@ def read_yaml(text: str) -> Any:
         raise RecipeError(f": not YAML: {reason}") from None
 
 
+def set_key(recipe: dict[str, Any], override: str) -> None:
+    """Sets a key of a recipe, in place.
+
+    Args:
+        recipe: whose missing sections are added.
+        override: `key.sub=value`; the value is YAML.
+
+    Raises:
+        RecipeError: if it is not of that form, the value is not YAML, or the key is inside a value.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"-s {override!r}: write it as key.sub=value, for example -s train.alpha=0.5")
+    try:
+        value = read_yaml(text)
+    except RecipeError as error:
+        raise RecipeError(f"-s {override!r}{error}") from None
+    *parents, last = key.strip().split(".")
+    node = recipe
+    for depth, name in enumerate(parents):
+        if node.get(name) is None:
+            node[name] = {}
+        if not isinstance(node[name], dict):
+            raise RecipeError(f"-s {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+        node = node[name]
+    node[last] = value
+
+
 def refuse_values(value: Any, key: str = "") -> None:
     """Refuses what JSON does not have: infinite numbers, sets, bytes, keys that are no text.
 

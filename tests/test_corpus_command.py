@@ -51,6 +51,7 @@ def test_format_columns_and_segments_are_told(tmp_path: Path, tiny_models: dict[
         ({"select": {"tokens": 4, "method": "uniform"}}, "select needs a rationale"),
         ({"extract": {"importance": True}}, "extract.importance needs a rationale"),
         ({"select": {"tokens": 4, "method": "uniform", "segment": "prompt"}}, "select needs a prompt"),
+        ({"train": {"ce_segments": ["rationale"]}}, "train.ce_segments needs a rationale"),
     ],
 )
 def test_a_stage_whose_segment_is_empty_is_refused(
