@@ -149,7 +149,7 @@ class _Loader:
                 if settings.limit is not None and number >= settings.limit:
                     break
                 number += 1
-                known, reading = read_row(row, self._candidates(row, formats), settings, where)
+                known, reading = read_row(row, self._candidates(row, formats), settings, where, source.columns or row)
                 self._note(row, known.name, known.line, known.columns, reading)
                 name = _sample_id(row, settings.fields.id or "id", where)
                 record = assemble(reading.pieces, settings.separator, name, where, reading.messages)

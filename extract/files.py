@@ -96,13 +96,16 @@ def _local_files(name: str) -> list[Path] | None:
     """The local files, or the folder of a saved data set; None if the name is one of the hub."""
     if name.startswith("hf://"):
         return None
+    if not name.strip():
+        raise CorpusError("corpus: an empty name is no file. Give a file, a glob, a folder or a hub id.")
     if "://" in name:
         raise CorpusError(f"corpus {name}: this kind of address is not read. Give a local path or hf://datasets/NAME.")
     path = Path(name).expanduser()
-    if path.is_dir():
-        return [path] if _is_saved(path) else _in_folder(path)
-    if path.exists():
-        return [path]
+    with _reading(name if len(name) < 200 else f"{name[:200]}..."):
+        if path.is_dir():
+            return [path] if _is_saved(path) else _in_folder(path)
+        if path.exists():
+            return [path]
     if _WILDCARDS & set(name):
         found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - absolute patterns, too.
         files = [Path(match) for match in found if not Path(match).is_dir()]

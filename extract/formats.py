@@ -232,8 +232,17 @@ def needed_columns(settings: CorpusSettings, present: Iterable[str]) -> list[str
     return [name for name in columns if name in needed]
 
 
-def read_row(row: Row, formats: list[Format], settings: CorpusSettings, where: str) -> tuple[Format, Reading]:
+def read_row(
+    row: Row, formats: list[Format], settings: CorpusSettings, where: str, present: Iterable[str]
+) -> tuple[Format, Reading]:
     """Reads a record by the first format that fits, then applies the settings on its text.
+
+    Args:
+        row: the fields that were read.
+        formats: to choose from.
+        settings: of the corpus.
+        where: file and line.
+        present: all fields of the record, for messages.
 
     Raises:
         CorpusError: if none fits, or a field is not what the format says.
@@ -244,7 +253,7 @@ def read_row(row: Row, formats: list[Format], settings: CorpusSettings, where: s
             wanted = f"none of the fields {', '.join(repr(n) for f in formats for n in f.columns)} has a value"
         else:
             wanted = "none of the known formats fits"
-        there = sorted(ascii(name)[1:-1] for name in row)
+        there = sorted(ascii(name)[1:-1] for name in present)
         raise CorpusError(
             f"{where}: {wanted}; the fields are {', '.join(there) or 'none'}. Name yours under corpus.fields."
         )

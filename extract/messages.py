@@ -8,6 +8,7 @@ its own way, so it belongs to the template's text and not to the canonical one.
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -149,6 +150,11 @@ def _checked(message: dict[str, Any], where: str) -> dict[str, Any]:
     if kept.get("content") is None and not calls and not any(key in kept for key in REASONING):
         raise CorpusError(f"{where}.content is missing. Give a string; an empty one is kept as it is.")
     composed: dict[str, Any] = _composed(kept)
+    try:
+        json.dumps(composed, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        reason = "half of a surrogate pair" if isinstance(error, UnicodeEncodeError) else str(error)
+        raise CorpusError(f"{where}: a value is not JSON: {reason}. Repair the record.") from None
     return composed
 
 

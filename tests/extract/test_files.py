@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
 import socket
@@ -139,6 +140,9 @@ def test_home_and_strange_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("hf://models/a/b", "write hf://datasets/OWNER/NAME"),
         ("empty", "the folder holds no file that ends in"),
         ("empty.jsonl", "there is no record in it"),
+        ("", "an empty name is no file"),
+        ("/" + "x" * 5000, "File name too long"),
+        ("a\0.jsonl", "No such file"),
     ],
 )
 def test_names_that_are_not_there_never_reach_the_hub(
@@ -190,6 +194,20 @@ def test_columns_that_are_not_needed_are_not_read(tmp_path: Path) -> None:
         CorpusError, match=r"there is no column 'qestion', named by corpus.fields.prompt; the columns are id"
     ):
         _load(str(tmp_path / "c.parquet"), fields={"prompt": "qestion"})
+    pq.write_table(
+        pa.table(
+            {
+                "day": [datetime.date(2024, 1, 1)],
+                "messages": [[{"role": "user", "content": "a", "day": datetime.date(2024, 1, 1)}]],
+            }
+        ),
+        tmp_path / "d.parquet",
+    )
+    with pytest.raises(CorpusError, match=r"messages\[0\]: a value is not JSON: Object of type date"):
+        _load(str(tmp_path / "d.parquet"))
+    pq.write_table(pa.table({"problem": ["a"]}), tmp_path / "d.parquet")
+    with pytest.raises(CorpusError, match="none of the known formats fits; the fields are problem"):
+        _load(str(tmp_path / "d.parquet"))
 
 
 @pytest.mark.parametrize(

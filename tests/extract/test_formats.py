@@ -147,6 +147,7 @@ def test_split_prefix_and_named_fields(load: Load) -> None:
         ({"messages": [{"role": "user"}]}, {}, r"messages\[0\].content is missing"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, {}, r"content\[0\] must be text"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]}, {}, r"tool_calls\[0\] must have a function with a name"),
+        ({"messages": [{"role": "\ud800", "content": "a"}]}, {}, r"messages\[0\]: a value is not JSON: half of a surrogate pair"),
         ({"messages": []}, {}, "the record is empty"),
     ],
 )  # fmt: skip
