@@ -66,6 +66,13 @@ class Corpus:
             return self._file.segment_records
         return dict.fromkeys(Segment, 0) | Counter(segment for r in self.records for segment in segment_bytes(r))
 
+    @cached_property
+    def num_chats(self) -> int:
+        """Number of records with messages."""
+        if self._file is not None:
+            return self._file.num_chats
+        return sum(bool(record.messages) for record in self.records)
+
     def subset(self, indices: Sequence[int]) -> Corpus:
         """The records at these indices."""
         return Corpus([self.records[i] for i in indices])

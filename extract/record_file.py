@@ -36,6 +36,8 @@ class RecordFile(Sequence[Record]):
         self._unwritten = bytearray()
         weakref.finalize(self, self._file.close)
         self._offsets = array("q", [0])
+        self.num_chats = 0
+        """Number of records with messages."""
         self._ids = array("Q")
         """Hash of each record's id."""
         self._repeats = array("I")
@@ -66,6 +68,7 @@ class RecordFile(Sequence[Record]):
         self._ids.append(_hash(record.sample_id))
         self._repeats.append(0 if named else 1)
         self.splits.append(record.split)
+        self.num_chats += bool(record.messages)
         self.text_bytes.append(record.num_bytes)
         sizes = segment_bytes(record)
         for segment, size in sizes.items():

@@ -9,8 +9,9 @@ from ..errors import StageError
 from ..extract import Encoder
 from ..store import KVStore, Manifest
 from ..store.files import link
-from .misfits import refuse_misfits, segment_warnings
+from .misfits import refuse_misfits
 from .run import Run
+from .segments import segment_warnings
 from .stage import Status
 from .store_stages import StoreStage, capture, describe
 from .teachers import open_teacher

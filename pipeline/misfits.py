@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from ..errors import AlignmentError, CorpusError, ModelNotFoundError
 from ..hub import find_model, token_digests
-from ..store import SEGMENTS, Split
+from ..store import Split
 from .maps.layers import layer_map
 from .run import Run
+from .segments import refuse_empty_segments
 
 
 def refuse_misfits(run: Run, name: str) -> None:
@@ -20,7 +19,7 @@ def refuse_misfits(run: Run, name: str) -> None:
             the student is to be trained on logits of other tokens than its own.
     """
     recipe = run.recipe
-    _refuse_empty_segments(run)
+    refuse_empty_segments(run)
     if not run.corpus.split(Split.TRAIN):
         raise CorpusError(f"corpus {recipe.corpus.label}: every sample is held out, none is left to train on")
     try:
@@ -37,42 +36,6 @@ def refuse_misfits(run: Run, name: str) -> None:
         )
     if recipe.train.logits is not None and name == run.train_teacher:
         _refuse_other_tokens(run, name)
-
-
-def segment_warnings(run: Run) -> list[str]:
-    """What stages will not do with samples that lack a segment, a line for each stage.
-
-    Records without text in a segment are counted over the whole corpus.
-    """
-    return [
-        f"{key}: {len(run.corpus) - count:,} of {len(run.corpus):,} samples have no {segment}, {consequence}"
-        for key, segment, count, consequence in _needs(run)
-        if count < len(run.corpus)
-    ]
-
-
-def _refuse_empty_segments(run: Run) -> None:
-    for key, segment, count, _ in _needs(run):
-        if not count:
-            recipe = run.recipe.corpus
-            notes = "; ".join(run.corpus.notes)
-            raise CorpusError(
-                f"corpus {recipe.label}: {key} needs a {segment}, and no record has one ({notes}). Name its field "
-                f"under corpus.fields, cut a field in two (corpus.split), or leave {key} out."
-            )
-
-
-def _needs(run: Run) -> Iterator[tuple[str, str, int, str]]:
-    """Keys of the recipe that need a segment, the number of records that have it, and what becomes of the others."""
-    recipe, records = run.recipe, run.corpus.segment_records
-    if recipe.extract.importance:
-        for name in ("rationale", "answer"):
-            yield "extract.importance", name, records[SEGMENTS[name]], "and get no importance"
-    if recipe.select is not None:
-        name = recipe.select.segment
-        yield "select", name, records[SEGMENTS[name]], "and all their slots stay empty"
-    if (segments := recipe.train.ce_segments) and not any(records[SEGMENTS[name]] for name in segments):
-        yield "train.ce_segments", " or ".join(segments), 0, "and nothing of them is predicted"
 
 
 def _refuse_other_tokens(run: Run, name: str) -> None:

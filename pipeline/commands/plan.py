@@ -18,10 +18,11 @@ from ...store import KVGeometry
 from ...store.dtypes import dtype_of
 from ...store.manifest import default_page_tokens
 from ..maps.layers import LayerMap, layer_map
-from ..misfits import refuse_misfits, segment_warnings
+from ..misfits import refuse_misfits
 from ..plan.plan import Plan
 from ..plan.show import size_tables
 from ..run import Run
+from ..segments import segment_warnings
 from ..stages import stages_of
 
 QUICK: Final = 200

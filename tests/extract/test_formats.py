@@ -171,6 +171,7 @@ def test_messages_stay_as_they_are(load: Load) -> None:
     (record,) = corpus.records
     composed = [{**m, "content": "café?"} if m["role"] == "user" else m for m in messages]
     assert record.messages == tuple(composed)
+    assert corpus.num_chats == corpus.subset([0]).num_chats == 1
     assert _segments(record) == [
         (P, "café?"),
         (P, "\n4"),
