@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -46,13 +45,11 @@ def captured(
     if corpus is None:
         corpus, maker = root / "corpus.jsonl", Path(__file__).parents[1] / "workflows" / "demo_corpus.py"
         subprocess.run([sys.executable, str(maker), str(corpus), str(samples)], check=True)
-    with corpus.open() as file:
-        fields = {"prompt": "question"} if "question" in json.loads(file.readline()) else {}
     run = Run(
         Recipe.model_validate(
             {
                 "run_dir": str(root / "run"),
-                "corpus": {"path": str(corpus), "limit": samples, "fields": fields},
+                "corpus": {"path": str(corpus), "limit": samples},
                 "samples_per_part": samples,
                 "teachers": {"teacher": {"model": MODEL, "dtype": "bfloat16"}},
                 "extract": {"codec": "none"},

@@ -1,8 +1,8 @@
 """The store of another revision beside this one: reading and writing the same samples, interleaved in one run.
 
-The other revision's sources are taken out of git into a temporary folder. Each measurement is a process of its own, which
-imports one of the two; rounds alternate, so that what else runs on the machine disturbs both. Printed are the CPU time
-of the fastest round of each, and their ratio.
+The other revision's sources are taken out of git into a temporary folder. Each measurement is a process of its own that
+imports one of the two; rounds alternate, so that other load on the machine disturbs both. Printed are the CPU time of
+the fastest round of each, and their ratio.
 
 Usage: OMP_NUM_THREADS=1 python benchmarks/versions.py REVISION [ROUNDS]
 """

@@ -1,11 +1,12 @@
 """From a corpus and a teacher to a store of keys and values.
 
-`corpus` reads records and names their segments, `tokens` turns a record into token ids with UTF-8 byte spans, `hf` and
-`vllm` run a teacher, `capture` is the loop from one to the other. This room knows nothing of students or recipes.
+`corpus` reads records (`files` finds them, `formats` names their segments), `tokens` turns a record into token ids with
+UTF-8 byte spans, `hf` and `vllm` run a teacher, `capture` is the loop from one to the other. This room knows nothing of
+students or recipes.
 """
 
 from .capture import CaptureSettings, capture_store
-from .corpus import Corpus, CorpusSettings, Record, load_corpus
+from .corpus import Corpus, CorpusSettings, Record, corpus_stamp, load_corpus
 from .teacher import Captured, Teacher
 from .tokens import Encoder, Tokens
 
@@ -19,5 +20,6 @@ __all__ = [
     "Teacher",
     "Tokens",
     "capture_store",
+    "corpus_stamp",
     "load_corpus",
 ]

@@ -75,7 +75,7 @@ def capture_store(
             indices = store.manifest.part_samples(part)
             if store.holds(part):  # Another process made it meanwhile.
                 claims.pop(part).release()
-                on_text(sum(len(corpus.records[i].text.encode()) for i in indices))
+                on_text(sum(corpus.text_bytes[i] for i in indices))
                 continue
             tokens = {position: encoder.encode(corpus.records[i]) for position, i in enumerate(indices)}
             writer.begin(part)
@@ -98,7 +98,7 @@ def capture_store(
                     writer.fail(position, record.sample_id, record.split, "non-finite logits")
                 else:
                     writer.append(position, _sample(record, tokens[position], captured))
-                on_text(len(record.text.encode()))
+                on_text(record.num_bytes)
             writer.commit(sources, written_by=teacher.backend)
 
 

@@ -1,108 +1,47 @@
-"""Corpus records: where they come from, what their segments are, which are held out.
-
-The *canonical text* of a record is what every model reads; it is in Unicode's composed form (NFC), because some
-tokenizers compose it anyway and byte spans must be of one text. Segments come from the record's fields, never from
-words in the text. A separator between two fields belongs to the segment that follows it.
-"""
+"""The corpus: all records in order, read from files as the recipe's `corpus` section says."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import random
-import unicodedata
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
-
-from ..errors import CorpusError, HubUnreachableError
-from ..hub import hub_reachable
+from ..errors import CorpusError
 from ..store import Segment, Split, digest_json
+from .corpus_settings import CorpusSettings, FieldNames, HeldoutSettings, SplitSettings
+from .files import Source, corpus_stamp, find_sources
+from .formats import GSM8K_MARK, Format, Reading, Row, formats_of, needed_columns, read_row
+from .heldout import Groups, hold_out
+from .messages import unread_keys
+from .record import Record, assemble
+from .record_file import RecordFile, segment_bytes
 
-Row = dict[str, Any]
+_REMEMBERED: Final = 1000
 
-
-class FieldNames(BaseModel):
-    """What the record's fields are called in the file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    id: str = "id"
-    prompt: str = "prompt"
-    rationale: str = "rationale"
-    answer: str = "answer"
-    text: str = "text"
-    messages: str = "messages"
-
-
-class HeldoutSettings(BaseModel):
-    """Which samples are held out: a share of them, a share (or a list) of the values of a group field, or a file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    ratio: float | None = Field(None, gt=0, lt=1)
-    """Share of the samples, or of the groups where `group` is given."""
-    group: str | None = None
-    """A field of the records; samples of one group are never split."""
-    values: tuple[str, ...] | None = None
-    """Values of the group field that are held out."""
-    path: str | None = None
-    """A file of held-out records, beside the corpus."""
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _one_way(self) -> HeldoutSettings:
-        ways = [name for name in ("ratio", "values", "path") if getattr(self, name) is not None]
-        if len(ways) != 1:
-            raise ValueError("give exactly one of ratio, values or path")
-        if self.values is not None and self.group is None:
-            raise ValueError("values needs group, the field they are values of")
-        return self
-
-
-class CorpusSettings(BaseModel):
-    """Where the records are and how to read them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    path: str
-    """A `.jsonl` or `.parquet` file, a folder saved by `datasets`, or a hub id."""
-    subset: str | None = None
-    """The configuration name of a hub data set."""
-    split: str = "train"
-    """The split of a hub data set."""
-    revision: str | None = None
-    fields: FieldNames = FieldNames()
-    separator: str = "\n"
-    """Between the fields in the canonical text."""
-    heldout: HeldoutSettings | None = None
-    limit: PositiveInt | None = None
-    """Take only the first records."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One sample of the corpus."""
-
-    sample_id: str
-    text: str
-    """The canonical text."""
-    segments: tuple[tuple[int, int, Segment], ...]
-    """Character ranges of the canonical text, adjoining, that cover all of it."""
-    turns: tuple[tuple[str, int, int], ...]
-    """Chat role and character range of each message, for chat templates."""
-    split: Split = Split.TRAIN
+__all__ = [
+    "Corpus",
+    "CorpusSettings",
+    "FieldNames",
+    "HeldoutSettings",
+    "Record",
+    "SplitSettings",
+    "corpus_stamp",
+    "load_corpus",
+]
 
 
 @dataclass(frozen=True)
 class Corpus:
     """All records, in order."""
 
-    records: list[Record]
+    records: Sequence[Record]
+    """Read from disk one by one; hold on to none that is not needed."""
+    notes: tuple[str, ...] = ()
+    """How the records were read and what of them was not, a line each."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -111,17 +50,50 @@ class Corpus:
     def digest(self) -> str:
         """Digest of every id, text, segment, turn and split."""
         digest = hashlib.sha256()
-        for r in self.records:
-            digest.update(digest_json([r.sample_id, r.text, r.segments, r.turns, int(r.split)]).encode())
+        for record in self.records:
+            digest.update(record.digest.encode())
         return digest.hexdigest()[:32]
 
-    def subset(self, indices: list[int]) -> Corpus:
+    @cached_property
+    def text_bytes(self) -> Sequence[int]:
+        """UTF-8 bytes of each record's canonical text."""
+        return self._file.text_bytes if self._file is not None else array("q", (r.num_bytes for r in self.records))
+
+    @cached_property
+    def segment_records(self) -> dict[Segment, int]:
+        """Number of records in which each segment has text."""
+        if self._file is not None:
+            return self._file.segment_records
+        return dict.fromkeys(Segment, 0) | Counter(segment for r in self.records for segment in segment_bytes(r))
+
+    @cached_property
+    def num_chats(self) -> int:
+        """Number of records with messages."""
+        if self._file is not None:
+            return self._file.num_chats
+        return sum(bool(record.messages) for record in self.records)
+
+    def subset(self, indices: Sequence[int]) -> Corpus:
         """The records at these indices."""
         return Corpus([self.records[i] for i in indices])
 
-    def split(self, split: Split) -> list[int]:
+    def split(self, split: Split) -> Sequence[int]:
         """Indices of the records of a split."""
-        return [i for i, record in enumerate(self.records) if record.split == split]
+        splits = self._file.splits if self._file is not None else (record.split for record in self.records)
+        return array("q", (index for index, other in enumerate(splits) if other == split))
+
+    def find(self, sample_id: str) -> Record | None:
+        """The record with this id, if there is one."""
+        if self._file is None:
+            return next((record for record in self.records if record.sample_id == sample_id), None)
+        try:
+            return self._file[self._file.index(sample_id)]
+        except ValueError:
+            return None
+
+    @property
+    def _file(self) -> RecordFile | None:
+        return self.records if isinstance(self.records, RecordFile) else None
 
 
 def load_corpus(settings: CorpusSettings) -> Corpus:
@@ -129,190 +101,164 @@ def load_corpus(settings: CorpusSettings) -> Corpus:
 
     Raises:
         CorpusError: naming the file and the line or row, and what is wrong with it.
+        HubUnreachableError: if a data set of the hub is not on this machine, and the hub cannot be reached.
     """
-    pairs = list(_records(settings, settings.path, Split.TRAIN))
+    loader = _Loader(settings)
+    loader.read(settings.paths, Split.TRAIN)
     heldout = settings.heldout
-    if not pairs:
-        raise CorpusError(f"corpus {settings.path}: there is no record in it")
+    if not len(loader.records):
+        raise CorpusError(f"corpus {settings.label}: there is no record in it. Name another file.")
     if heldout is not None and heldout.path is not None:
-        pairs += _records(settings, heldout.path, Split.HELDOUT)
-    elif heldout is not None:
-        pairs = _hold_out(pairs, heldout, settings.path)
-    seen: dict[str, str] = {}
-    for record, (where, _) in pairs:
-        if record.sample_id in seen:
-            raise CorpusError(f"{where}: id {record.sample_id!r} was used before, by {seen[record.sample_id]}")
-        seen[record.sample_id] = where
-    return Corpus([record for record, _ in pairs])
+        loader.read((heldout.path,) if isinstance(heldout.path, str) else heldout.path, Split.HELDOUT)
+    loader.records.flush()
+    loader.refuse_absent_fields()
+    loader.records.refuse_repeated_ids()
+    if heldout is not None and heldout.path is None:
+        hold_out(loader.records, loader.groups, heldout, settings.label)
+    return Corpus(loader.records, loader.notes())
 
 
-def _records(settings: CorpusSettings, path: str, split: Split) -> Iterator[tuple[Record, tuple[str, Row]]]:
-    repeats: dict[str, int] = {}
-    for number, (where, row) in enumerate(_rows(settings, path)):
-        if settings.limit is not None and number >= settings.limit:
-            return
-        record = replace(_record(row, settings, where), split=split)
-        if not record.sample_id:  # No id field: the content names the sample, and its repetitions are counted.
-            digest = digest_json([record.text, record.segments, record.turns])[:16]
-            repeats[digest] = repeats.get(digest, 0) + 1
-            name = digest if repeats[digest] == 1 else f"{digest}-{repeats[digest]}"
-            record = replace(record, sample_id=name)
-        yield record, (where, row)
+@dataclass
+class _Loader:
+    """Reads records into a file, and notes what was read of them."""
 
+    settings: CorpusSettings
+    records: RecordFile = field(default_factory=RecordFile)
+    groups: Groups | None = None
+    _formats: Counter[str] = field(default_factory=Counter)
+    _lines: dict[str, str] = field(default_factory=dict)
+    _fields: dict[str, None] = field(default_factory=dict)
+    """All fields of the records, in the order of their appearance."""
+    _with_value: set[str] = field(default_factory=set)
+    """Fields that have a value in some record."""
+    _used: set[str] = field(default_factory=set)
+    _unread_keys: set[str] = field(default_factory=set)
+    _with_calls: int = 0
+    """Records with tool calls."""
+    _by_keys: dict[tuple[str, ...], list[Format]] = field(default_factory=dict)
+    _marked: int = 0
+    """Records without a rationale whose answer contains GSM8K's mark."""
 
-def _rows(settings: CorpusSettings, path: str) -> Iterator[tuple[str, Row]]:
-    file = Path(path).expanduser()
-    if file.suffix == ".jsonl":
-        yield from _jsonl_rows(file)
-    elif file.suffix == ".parquet":
-        yield from _parquet_rows(file)
-    else:
-        yield from _dataset_rows(settings, path)
+    def __post_init__(self) -> None:
+        heldout = self.settings.heldout
+        if heldout is not None and heldout.group is not None:
+            self.groups = Groups()
 
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                where = f"{path} line {number}"
-                try:
-                    row = json.loads(line)
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                    raise CorpusError(f"{where}: not a JSON object: {error}") from None
-                if not isinstance(row, dict):
-                    raise CorpusError(f"{where}: not a JSON object but {type(row).__name__}")
-                yield where, row
-    except OSError as error:
-        raise CorpusError(f"corpus {path}: {error.strerror or error}") from None
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        number = 0
-        for batch in pq.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
+    def read(self, paths: Sequence[str], split: Split) -> None:
+        """Reads the files of these names."""
+        settings, formats = self.settings, formats_of(self.settings)
+        number, first = 0, len(self.records)
+        choose = lambda columns: needed_columns(settings, columns)  # noqa: E731
+        for source in find_sources(settings, paths, choose):
+            self._fields.update(dict.fromkeys(source.columns or ()))
+            self._refuse_absent_columns(source)
+            for where, row in source.rows():
+                if settings.limit is not None and number >= settings.limit:
+                    break
                 number += 1
-                yield f"{path} row {number}", row
-    except (OSError, pa.ArrowException) as error:
-        raise CorpusError(f"corpus {path}: {error}") from None
+                known, reading = read_row(row, self._candidates(row, formats), settings, where, source.columns or row)
+                self._note(row, known.name, known.line, known.columns, reading)
+                name = _sample_id(row, settings.fields.id or "id", where)
+                record = assemble(reading.pieces, settings.separator, name, where, reading.messages)
+                named = bool(name)
+                name = name or digest_json(record.content)[:16]
+                self.records.append(replace(record, sample_id=name, split=split), where, named=named)
+                if self.groups is not None:
+                    self.groups.append(self._group(row, where))
+        self.records.number_repetitions(first)
 
+    def _candidates(self, row: Row, formats: list[Format]) -> list[Format]:
+        """The formats whose required fields a record has, remembered for records of the same fields."""
+        keys = tuple(row)
+        if keys not in self._by_keys:
+            if len(self._by_keys) >= _REMEMBERED:
+                self._by_keys.clear()
+            self._by_keys[keys] = [known for known in formats if row.keys() >= set(known.required)]
+        return self._by_keys[keys]
 
-def _dataset_rows(settings: CorpusSettings, path: str) -> Iterator[tuple[str, Row]]:
-    folder = Path(path).expanduser()
-    offline = not folder.exists() and not hub_reachable()
-    import datasets
+    def refuse_absent_fields(self) -> None:
+        """Makes sure that every field that the recipe names has a value in some record.
 
-    try:
-        if folder.is_dir() and ((folder / "state.json").exists() or (folder / "dataset_dict.json").exists()):
-            found = datasets.load_from_disk(str(folder))
-            found = found[settings.split] if isinstance(found, datasets.DatasetDict) else found
-        else:
-            found = datasets.load_dataset(path, settings.subset, split=settings.split, revision=settings.revision)
-    except Exception as error:
-        if offline:
-            raise HubUnreachableError(path) from None
-        reason = str(error).strip().split("\n")[0]
-        raise CorpusError(
-            f"corpus {path!r} cannot be loaded: {reason}; give a file, a saved data set or a hub id"
-        ) from None
-    for number, row in enumerate(found, 1):
-        yield f"{path} row {number}", row
+        Raises:
+            CorpusError: naming the fields that exist.
+        """
+        named = {f"corpus.fields.{role}": name for role, name in self.settings.fields if name is not None}
+        for key, name in named.items():
+            if name not in self._with_value:
+                raise CorpusError(
+                    f"corpus {self.settings.label}: no record has the field {name!r}, named by {key}; the fields are "
+                    f"{_listed(self._fields)}. Correct the name, or leave it out."
+                )
 
-
-def _record(row: Row, settings: CorpusSettings, where: str) -> Record:
-    names = settings.fields
-    if row.get(names.messages) is not None:
-        pieces = _message_pieces(row[names.messages], where)
-    elif row.get(names.text) is not None:
-        pieces = [("assistant", row[names.text], Segment.ANSWER)]
-    else:
-        pieces = [
-            ("user", row.get(names.prompt), Segment.PROMPT),
-            ("assistant", row.get(names.rationale), Segment.RATIONALE),
-            ("assistant", row.get(names.answer), Segment.ANSWER),
-        ]
-        if all(piece[1] is None for piece in pieces):
-            wanted = f"{names.prompt!r}, {names.rationale!r}, {names.answer!r}, {names.text!r} or {names.messages!r}"
-            raise CorpusError(
-                f"{where}: none of the fields {wanted} is there, only {sorted(row)}; name yours under corpus.fields"
+    def notes(self) -> tuple[str, ...]:
+        """The formats that were read and what was not read, a line each."""
+        several = len(self._formats) > 1
+        lines = []
+        for name, count in self._formats.items():
+            records = f" ({count:,} records)" if several else ""
+            lines.append(f"{name}: {self._lines[name]}{records}" if self._lines[name] else f"{name}{records}")
+        if unread := [name for name in self._fields if name not in self._used]:
+            lines.append(f"columns that are not read: {_listed(unread)}")
+        if self._unread_keys:
+            lines.append(f"keys of messages whose text is not read: {_listed(sorted(self._unread_keys))}")
+        if self._with_calls:
+            lines.append(f"{self._with_calls:,} records have tool calls, which are read under a chat template alone")
+        if self._marked:
+            lines.append(
+                f"{self._marked:,} answers contain {GSM8K_MARK} and their records have no rationale; corpus.split: "
+                f"{{field: NAME, at: '{GSM8K_MARK}'}} splits them"
             )
-    for _, content, segment in pieces:
-        if content is not None and not isinstance(content, str):
-            raise CorpusError(f"{where}: the {segment.name.lower()} is not a string but {type(content).__name__}")
-    return _assemble([p for p in pieces if p[1]], settings.separator, _sample_id(row, names, where), where)
+        return tuple(lines)
+
+    def _note(self, row: Row, name: str, line: str, columns: Sequence[str], reading: Reading) -> None:
+        self._formats[name] += 1
+        self._lines[name] = line
+        if row.keys() - self._fields.keys():
+            self._fields.update(dict.fromkeys(row))
+        self._with_value.update(key for key in row if key not in self._with_value and row[key] is not None)
+        self._used.update(columns, (self.settings.fields.id or "id",))
+        self._unread_keys |= unread_keys(reading.messages)
+        self._with_calls += any(message.get("tool_calls") for message in reading.messages)
+        segments = {piece.segment for piece in reading.pieces}
+        if Segment.RATIONALE not in segments and not reading.messages:
+            self._marked += any(p.segment == Segment.ANSWER and f"\n{GSM8K_MARK}" in p.text for p in reading.pieces)
+
+    def _refuse_absent_columns(self, source: Source) -> None:
+        """A table says at once which columns it has."""
+        if source.columns is not None and (named := self.settings.fields.content):
+            for role, name in named.items():
+                if name not in source.columns:
+                    raise CorpusError(
+                        f"corpus {source.label}: there is no column {name!r}, named by corpus.fields.{role}; the "
+                        f"columns are {_listed(source.columns)}. Correct the name, or leave it out."
+                    )
+
+    def _group(self, row: Row, where: str) -> str:
+        assert self.settings.heldout is not None
+        group = self.settings.heldout.group
+        assert group is not None
+        self._used.add(group)
+        if row.get(group) is None:
+            raise CorpusError(f"{where}: there is no field {group!r}, named by corpus.heldout.group")
+        return str(row[group])
 
 
-def _message_pieces(messages: Any, where: str) -> list[tuple[str, Any, Segment]]:
-    try:
-        pairs = [(str(m["role"]), m["content"]) for m in messages]
-    except (TypeError, KeyError):
-        raise CorpusError(f"{where}: messages must be a list of objects with role and content") from None
-    return [(role, content, Segment.ANSWER if role == "assistant" else Segment.PROMPT) for role, content in pairs]
-
-
-def _sample_id(row: Row, names: FieldNames, where: str) -> str:
-    value = row.get(names.id)
+def _sample_id(row: Row, field_name: str, where: str) -> str:
+    value: Any = row.get(field_name)
     if value is None:
         return ""
-    if not isinstance(value, str | int) or value == "":
-        raise CorpusError(f"{where}: the id must be a string or a whole number, not {value!r}")
-    return str(value)
-
-
-def _assemble(pieces: list[tuple[str, str, Segment]], separator: str, sample_id: str, where: str) -> Record:
-    text, segments, turns = "", [], list[tuple[str, int, int]]()
-    for number, (role, content, segment) in enumerate(pieces):
-        start = len(text)
-        if number:
-            text += separator
-        content_start = len(text)
-        text += unicodedata.normalize("NFC", content)
-        segments.append((start, len(text), segment))
-        if turns and turns[-1][0] == role == "assistant" and segment == Segment.ANSWER:
-            turns[-1] = (role, turns[-1][1], len(text))  # Rationale and answer are one message.
-        else:
-            turns.append((role, content_start, len(text)))
-    if not text.strip():
-        raise CorpusError(f"{where}: the record is empty")
+    if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
+        raise CorpusError(f"{where}: the id must be a string or a whole number, not {ascii(value)[:60]}.")
+    name = str(value)
     try:
-        text.encode()
+        name.encode()
     except UnicodeEncodeError:
-        raise CorpusError(f"{where}: the text holds half of a surrogate pair, which is not valid Unicode") from None
-    return Record(sample_id, text, tuple(segments), tuple(turns))
+        raise CorpusError(f"{where}: the id {name!a} is not valid Unicode. Give another id.") from None
+    return name
 
 
-def _hold_out(
-    pairs: list[tuple[Record, tuple[str, Row]]], settings: HeldoutSettings, path: str
-) -> list[tuple[Record, tuple[str, Row]]]:
-    keys = []
-    for record, (where, row) in pairs:
-        if settings.group is None:
-            keys.append(record.sample_id)
-        elif row.get(settings.group) is None:
-            raise CorpusError(f"{where}: there is no field {settings.group!r}, named by corpus.heldout.group")
-        else:
-            keys.append(str(row[settings.group]))
-    known = sorted(set(keys))
-    if settings.values is not None:
-        if missing := sorted(set(settings.values) - set(known)):
-            raise CorpusError(
-                f"corpus {path}: no record has {settings.group} {missing[0]!r}, named by corpus.heldout.values"
-            )
-        chosen = set(settings.values)
-    else:
-        assert settings.ratio is not None
-        count = max(1, round(settings.ratio * len(known)))
-        if count >= len(known):
-            raise CorpusError(
-                f"corpus {path}: {len(known)} samples or groups are too few to hold out {settings.ratio:g}"
-            )
-        chosen = set(random.Random(settings.seed).sample(known, count))
-    split: dict[bool, Literal[Split.TRAIN, Split.HELDOUT]] = {True: Split.HELDOUT, False: Split.TRAIN}
-    return [
-        (replace(record, split=split[key in chosen]), place) for (record, place), key in zip(pairs, keys, strict=True)
-    ]
+def _listed(names: Sequence[str] | dict[str, None]) -> str:
+    """Names for a line, without what a terminal cannot show, and not all of hundreds."""
+    shown = [ascii(name)[1:-1] for name in list(names)[:20]]
+    more = len(names) - len(shown)
+    return (", ".join(shown) or "none") + (f" and {more} more" if more > 0 else "")

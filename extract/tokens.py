@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
@@ -18,6 +19,7 @@ import numpy as np
 from ..errors import CorpusError
 from ..store import Segment
 from .corpus import Record
+from .messages import parts_of
 
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-F]{2})>")
 _Spans = np.ndarray[tuple[int, int], np.dtype[np.int32]]
@@ -90,9 +92,7 @@ class Encoder:
         """The rendered chat, and `(start, stop, canonical start)` in characters of each message inside it."""
         contents = [record.text[start:stop] for _, start, stop in record.turns]
         marks = [f"\ue000{number}\ue001" for number in range(len(contents))]
-        with_marks, rendered = (
-            self._render([role for role, _, _ in record.turns], texts) for texts in (marks, contents)
-        )
+        with_marks, rendered = (self._render(_messages(record, texts)) for texts in (marks, contents))
         regions, out, position = [], "", 0
         for mark, content, (_, start, _) in zip(marks, contents, record.turns, strict=True):
             at = with_marks.find(mark, position)
@@ -113,11 +113,11 @@ class Encoder:
             )
         return rendered, regions
 
-    def _render(self, roles: list[str], contents: list[str]) -> str:
-        messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+    def _render(self, messages: list[dict[str, Any]]) -> str:
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
         except Exception as error:
+            roles = [message["role"] for message in messages]
             raise CorpusError(f"the chat template cannot render roles {roles}: {error}") from None
 
     def _token_bytes(self, token_id: int) -> bytes | None:
@@ -151,6 +151,19 @@ class Encoder:
     def _byte_level(self) -> bool:
         state = json.loads(self.tokenizer.backend_tokenizer.to_str())
         return '"ByteLevel"' in json.dumps([state.get("pre_tokenizer"), state.get("decoder")])
+
+
+def _messages(record: Record, texts: list[str]) -> list[dict[str, Any]]:
+    """The record's messages with other texts in the place of the parts that are aligned."""
+    if not record.messages:
+        return [{"role": role, "content": text} for (role, _, _), text in zip(record.turns, texts, strict=True)]
+    messages = deepcopy(list(record.messages))
+    for part, text in zip(parts_of(record.messages), texts, strict=True):
+        holder: Any = messages[part.message]
+        for key in part.path[:-1]:
+            holder = holder[key]
+        holder[part.path[-1]] = text
+    return messages
 
 
 def _exact_spans(pieces: list[bytes | None], raw: bytes) -> _Spans | None:

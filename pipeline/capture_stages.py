@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 from ..errors import StageError
 from ..extract import Encoder
@@ -10,10 +11,14 @@ from ..store import KVStore, Manifest
 from ..store.files import link
 from .misfits import refuse_misfits
 from .run import Run
+from .segments import segment_warnings
 from .stage import Status
 from .store_stages import StoreStage, capture, describe
 from .teachers import open_teacher
 from .transform import student_encoder
+
+_COUNTED: Final = 200
+"""Samples whose tokens are counted before a capture."""
 
 
 class ExtractStage(StoreStage):
@@ -76,6 +81,17 @@ class ExtractStage(StoreStage):
     def check(self) -> None:
         """What is made of the capture later fits, as far as that can be told before."""
         refuse_misfits(self.run, self._teacher)
+
+    def notices(self) -> list[str]:
+        """How the corpus is read, once for all teachers, and the tokens of each segment."""
+        from .plan.tokens import count_tokens
+
+        lines = [] if self.run.corpus_was_described else [f"corpus: {note}" for note in self.run.prompts.notes]
+        self.run.corpus_was_described = True
+        count = count_tokens(self.run.teacher_encoder(self._teacher), self.run.corpus, _COUNTED)
+        about = "" if count.is_exact else f"about, from {len(count.indices)} samples: "
+        numbers = ", ".join(f"{name} {number:,}" for name, number in count.segments.items())
+        return [*lines, f"tokens: {about}{numbers}", *segment_warnings(self.run)]
 
     def make(self, scheduler: str | None) -> str:
         """Runs the teacher over the parts that are missing."""

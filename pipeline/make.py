@@ -81,6 +81,9 @@ def _run_stage(stage: Stage, force: bool, scheduler: str | None, say: Say) -> No
         done = _clear(stage, force, say)
         if not done and not stage.splits:
             done = stage.make(scheduler)
+    if not done:
+        for line in stage.notices():
+            say(stage.label, line)
     say(stage.label, done or stage.make(scheduler))
 
 

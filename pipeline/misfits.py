@@ -9,21 +9,23 @@ from ..hub import find_model, load_config, load_tokenizer, token_digests, tokeni
 from ..store import Split
 from .maps.layers import layer_map
 from .run import Run
+from .segments import refuse_empty_segments
 
 
 def refuse_misfits(run: Run, name: str) -> None:
     """Finds out before a capture what would be found out after it, as far as shapes and tokenizers tell.
 
     Raises:
-        CorpusError: if nothing is left to train on.
+        CorpusError: if nothing is left to train on, or a stage needs a segment that no record has.
         AlignmentError: if the projection that the recipe asks for cannot be made for this teacher and student, or
             the student is to be trained on logits of other tokens than its own.
         CheckpointError: if a tokenizer loses text, or gives ids that its model cannot read.
         RecipeError: if the teacher's device does not exist.
     """
     recipe = run.recipe
+    refuse_empty_segments(run)
     if not run.corpus.split(Split.TRAIN):
-        raise CorpusError(f"corpus {recipe.corpus.path}: every sample is held out, none is left to train on")
+        raise CorpusError(f"corpus {recipe.corpus.label}: every sample is held out, none is left to train on")
     if recipe.extract.backend == "hf":
         torch_device(run.teacher(name).device)
     check_teacher_tokenizer(run, name, run.corpus)

@@ -18,7 +18,7 @@ BYTES_PER_TOKEN: Final = 2.5
 """UTF-8 bytes of text per token, on the low side of today's tokenizers, for cutting the corpus into parts."""
 
 
-def samples_per_part(sizes: list[float]) -> int:
+def samples_per_part(sizes: Sequence[float]) -> int:
     """Return the largest number of samples per part within `PART_BYTES`, `MIN_PARTS` and `MAX_PART_SAMPLES`."""
     low, high = 1, min(MAX_PART_SAMPLES, max(1, -(-len(sizes) // MIN_PARTS)))
     while low < high:

@@ -7,6 +7,7 @@ what is wrong into one line that names the key and the nearest valid one.
 from __future__ import annotations
 
 import difflib
+import json
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ from ..train.settings import ByteLevelBPE, StudentSettings, TrainSettings
 from .fuse.rules import RULES, Weighting
 from .maps.heads import HEAD_MAPS, RIDGE
 from .maps.resample import RESAMPLERS
+from .recipe_file import expand_paths, read_yaml, refuse_values, set_key
 from .select.rules import SELECTORS, Selector
 
 DTypeName = Literal["bfloat16", "float16", "float32"]
@@ -330,41 +332,29 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         hint = "; kava init writes a first recipe" if isinstance(error, FileNotFoundError) else ""
         raise RecipeError(f"recipe {path}: {error.strerror}{hint}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"recipe {path}{place}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"recipe {path}: not UTF-8: {error}. Save it as UTF-8.") from None
+    try:
+        raw = read_yaml(text)
+    except RecipeError as error:
+        raise RecipeError(f"recipe {path}{error}") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"recipe {path}: must be a mapping of sections, not {type(raw).__name__}")
     for override in overrides:
-        _override(raw, override)
+        set_key(raw, override)
     try:
-        return Recipe.model_validate(raw)
+        refuse_values(raw)
+        expand_paths(raw)
+    except RecipeError as error:
+        raise RecipeError(f"recipe {path}: {error}") from None
+    try:
+        return Recipe.model_validate_json(json.dumps(raw), strict=True)  # JSON's lists are tuples, too.
     except ValidationError as error:
         raise RecipeError(f"recipe {path}: " + "; ".join(_explain(e) for e in error.errors())) from None
-
-
-def _override(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise RecipeError(f"-s {override!r}: write it as key.sub=value, for example -s train.alpha=0.5")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"-s {override!r}: the value is not YAML") from None
-    *parents, last = key.strip().split(".")
-    node = raw
-    for depth, name in enumerate(parents):
-        if node.get(name) is None:
-            node[name] = {}
-        if not isinstance(node[name], dict):
-            raise RecipeError(f"-s {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
-        node = node[name]
-    node[last] = value
 
 
 def _explain(error: Any) -> str:

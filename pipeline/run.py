@@ -7,6 +7,7 @@ to the same manifests.
 from __future__ import annotations
 
 import re
+from array import array
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ class Run(Places):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(Path(recipe.run_dir).expanduser(), recipe.train.name)
         self.recipe = recipe
+        self.corpus_was_described = False
+        """Whether people were told how the corpus is read."""
 
     # What they are made from.
 
@@ -239,7 +242,7 @@ class Run(Places):
 
     def _parts_of(self, corpus: Corpus, geometry: KVGeometry, itemsize: int) -> int:
         row = geometry.bytes_per_token(itemsize)
-        return samples_per_part([len(record.text.encode()) / BYTES_PER_TOKEN * row for record in corpus.records])
+        return samples_per_part(array("d", (size / BYTES_PER_TOKEN * row for size in corpus.text_bytes)))
 
     # What the stores must say of themselves.
 

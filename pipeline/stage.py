@@ -67,6 +67,10 @@ class Stage(ABC):
             KavaError: if it cannot.
         """
 
+    def notices(self) -> list[str]:
+        """Lines for people, printed before the output is written."""
+        return []
+
     @property
     @abstractmethod
     def output(self) -> Path:

@@ -56,7 +56,7 @@ class StudentStage(Stage):
         from ..train.student import make_student
 
         check_student_tokenizer(self.run)
-        texts = [self.run.corpus.records[i].text for i in self.run.corpus.split(Split.TRAIN)]
+        texts = (self.run.corpus.records[i].text for i in self.run.corpus.split(Split.TRAIN))
         make_student(self.run.recipe.student, self.output, texts)
         write_atomic(self.output / RECORD, json.dumps({"key": self.run.student_key}).encode())
         return f"{self.run.student_geometry}, {len(load_tokenizer(self.run.student_source))} tokens in the vocabulary"

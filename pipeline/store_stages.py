@@ -352,7 +352,7 @@ def capture(
         raise KavaError(f"{stage.label}: the loaded model has {teacher.geometry}, its config promised {store.geometry}")
     parts, settings = stage.missing(store), stage.run.recipe.extract
     samples = [index for part in parts for index in store.manifest.part_samples(part)]
-    total = sum(len(corpus.records[index].text.encode()) for index in samples)
+    total = sum(corpus.text_bytes[index] for index in samples)
     # Text length is known at once, tokens only part by part: the bar counts bytes of text.
     with progress(stage.label, total, "bytes of text") as advance:
         if transform is None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ..errors import AlignmentError, StageError
-from ..extract import Corpus, CorpusSettings, Encoder, load_corpus
+from ..extract import Corpus, CorpusSettings, Encoder, corpus_stamp, load_corpus
 from ..hub import ModelSource, find_model, load_tokenizer
 from ..store import LOGITS, BackgroundWriter, Derive, ExtraArray, KVSample, KVStore, Manifest, PartReader
 from ..store.fingerprint import file_stamp
@@ -90,18 +90,19 @@ class Transform:
         Raises:
             StageError: if the corpus changed since.
         """
-        corpus = _corpus(self.corpus, _stamp(self.corpus.path))
+        corpus = _corpus(self.corpus, corpus_stamp(self.corpus))
         if parent.corpus_digest != corpus.digest:
-            raise StageError(f"{self.parent} was made from another corpus than {self.corpus.path} holds now")
+            raise StageError(f"{self.parent} was made from another corpus than {self.corpus.label} holds now")
         encoder = student_encoder(self.student, self.chat_template)
         projector = None if self.projector is None else load_projector(self.projector)
         if projector is not None and projector.card.get("made_for") != self.fingerprint:
             raise StageError(f"{self.projector} was replaced by that of another run meanwhile; run one at a time")
         extras = open_unchanged(self.out, self.fingerprint).manifest.extras
-        records = {record.sample_id: record for record in corpus.records}
 
         def derived(source: KVSample) -> tuple[KVSample, np.ndarray[Any, Any]]:
-            tokens = encoder.encode(records[source.sample_id])
+            record = corpus.find(source.sample_id)
+            assert record is not None  # The digests are equal.
+            tokens = encoder.encode(record)
             time = self.time_map(source, tokens)
             keys, values = transformed(source, time, projector)
             made = KVSample(
@@ -238,7 +239,7 @@ def calibration_samples(
     None stands for one that failed on either side, or has no token with a target: so which samples are held out does
     not depend on which failed.
     """
-    corpus = _corpus(transform.corpus, _stamp(transform.corpus.path))
+    corpus = _corpus(transform.corpus, corpus_stamp(transform.corpus))
     encoder = student_encoder(transform.student, transform.chat_template)
     failed = {*parent.failed, *(reference.failed if reference else ())}
     indices = parent.indices_of(sample_ids)
@@ -296,7 +297,7 @@ def _stamp(path: str) -> tuple[int, ...]:
 
 
 @cache
-def _corpus(settings: CorpusSettings, stamp: tuple[int, ...]) -> Corpus:
+def _corpus(settings: CorpusSettings, stamp: tuple[tuple[int, ...], ...]) -> Corpus:
     return load_corpus(settings)
 
 

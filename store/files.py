@@ -65,6 +65,14 @@ def reading(path: Path | str) -> Iterator[None]:
         raise DamagedStoreError(f"{path}: cannot be read: {reason}") from error
 
 
+def read_all(file: int, nbytes: int, offset: int) -> bytes:
+    """Return `nbytes` bytes from `offset` on, or those up to the end: file servers and FUSE may return less at once."""
+    data = os.pread(file, nbytes, offset)
+    while len(data) < nbytes and (more := os.pread(file, nbytes - len(data), offset + len(data))):
+        data += more
+    return data
+
+
 def write_protect(root: Path) -> None:
     """Takes the right to write from every file below `root`: an editor or a stray `>` then fails at once.
 

@@ -8,6 +8,7 @@ arms of one seed read the same samples in the same order.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -103,7 +104,8 @@ class Arm:
             stated = {key: value for key, value in stated.items() if key not in OF_KV}
         # A plus is well in an arm's name, not in a student's.
         fixed = {"name": run_name(self.name, seed), "seed": seed, "eval_steps": eval_steps}
-        return TrainSettings.model_validate(stated | fixed)
+        # As strict as the recipe, where `true` is no number.
+        return TrainSettings.model_validate_json(json.dumps(stated | fixed), strict=True)
 
 
 class CompareSettings(BaseModel):
@@ -230,7 +232,7 @@ def _check_arguments(name: str, stated: Any, base: Mapping[str, Any]) -> None:
 
 
 def _stated(base: TrainSettings) -> dict[str, Any]:
-    return base.model_dump(exclude_unset=True)
+    return base.model_dump(mode="json", exclude_unset=True)
 
 
 def _is_mapping(value: Any) -> bool:

@@ -42,7 +42,7 @@ def print_alignment(store: KVStore, index: int, run: Run | None, out: Console) -
         axis = "has slots, not tokens" if store.manifest.kind == "selected" else "is on the teacher's own tokens"
         raise StoreError(f"{store.path} {axis}; --align shows a resampled or a target store")
     target = store.sample(index, keys=False, values=False)
-    record = next((r for r in run.corpus.records if r.sample_id == target.sample_id), None)
+    record = run.corpus.find(target.sample_id)
     if record is None:
         raise StoreError(f"{store.path}: the recipe's corpus has no sample {target.sample_id!r}")
     source = _source(store, index, run, record)

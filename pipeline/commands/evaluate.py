@@ -84,11 +84,11 @@ class CorpusSamples:
     @cached_property
     def path(self) -> Path:
         """For messages."""
-        return Path(self.run.recipe.corpus.path)
+        return Path(self.run.recipe.corpus.label)
 
     def indices(self, split: Split | None = None) -> list[int]:
         """Samples of one split or of all."""
-        return list(range(len(self.run.corpus))) if split is None else self.run.corpus.split(split)
+        return list(range(len(self.run.corpus)) if split is None else self.run.corpus.split(split))
 
     def sample(self, index: int, *, keys: bool = True, values: bool = True, extras: bool = True) -> KVSample:
         """Sample `index`, of which nothing has a target."""

@@ -222,7 +222,7 @@ def _text_and_tokenizer(store: KVStore, sample: KVSample, run: Run | None) -> tu
         return None, None
     from ...hub import load_tokenizer, tokenizer_digest
 
-    record = next((r for r in run.corpus.records if r.sample_id == sample.sample_id), None)
+    record = run.corpus.find(sample.sample_id)
     sources = [run.teacher_source(name) for name in run.recipe.teachers]
     sources += [run.student_source] if run.student_dir.is_dir() else []
     tokenizers = (load_tokenizer(source) for source in sources)

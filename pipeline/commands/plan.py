@@ -6,6 +6,7 @@ instead.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Final
 
 from rich.console import Console
@@ -21,6 +22,7 @@ from ..misfits import refuse_misfits
 from ..plan.plan import Plan
 from ..plan.show import size_tables
 from ..run import Run
+from ..segments import segment_warnings
 from ..stages import stages_of
 
 QUICK: Final = 200
@@ -53,8 +55,13 @@ def print_plan(plan: Plan, chosen: list[str], out: Console) -> None:
             if not any(str(error) in problem for problem in problems):
                 problems.append(f"{name}: {error}")
     if plan.corpus is not None:
-        size = sum(len(record.text.encode()) for record in plan.corpus.records)
-        out.print(f"corpus              {len(plan.corpus)} samples, {size / 1e6:.1f} MB of text\n")
+        with suppress(KavaError):  # Not written yet.
+            problems += segment_warnings(run)
+        size = sum(plan.corpus.text_bytes)
+        out.print(f"corpus              {len(plan.corpus)} samples, {size / 1e6:.1f} MB of text")
+        for note in plan.corpus.notes:
+            out.print(f"                    {note}", markup=False)
+        out.print()
     wide = out if out.is_terminal else Console(file=out.file, width=400, highlight=False)
     for table in size_tables(plan):
         wide.print(table)

@@ -177,7 +177,7 @@ def _corpus(run: Run, problems: list[str]) -> Corpus:
             f"{run.recipe.extract.generate.max_new_tokens} tokens for each of them"
         )
         if not len(run.prompts):
-            raise CorpusError(f"corpus {run.recipe.corpus.path}: no prompts") from None
+            raise CorpusError(f"corpus {run.recipe.corpus.label}: no prompts") from None
         return run.prompts
 
 

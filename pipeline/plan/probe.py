@@ -141,8 +141,10 @@ def _small_run(run: Run, corpus: Corpus, counts: Counts, names: list[str], place
 
 
 def _row(record: Record) -> dict[str, Any]:
-    """A corpus row that gives the same text, segments and turns, with an empty separator."""
+    """A corpus row that gives the same segments and turns; `_small_run` joins texts without a separator."""
     row: dict[str, Any] = {"id": record.sample_id, "split": record.split.name.lower()}
+    if record.messages:
+        return row | {"messages": list(record.messages)}
     kinds = [kind for *_, kind in record.segments]
     if len(set(kinds)) == len(kinds) and kinds == sorted(kinds):
         names = {Segment.PROMPT: "prompt", Segment.RATIONALE: "rationale", Segment.ANSWER: "answer"}

@@ -7,7 +7,10 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from ...store import SEGMENTS
 from .plan import Plan, human
+
+_SEGMENTS = [name for name, segment in SEGMENTS.items() if segment]
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -22,10 +25,12 @@ def describe(plan: Plan) -> dict[str, Any]:
                 "how": "bound" if bound else "exact" if count.is_exact else "sampled",
                 "interval": [round(count.rows() * (1 - count.error)), round(count.rows() * (1 + count.error))],
                 "longest": count.longest,
+                "segments": count.segments,
             }
     return {
         "run_dir": str(plan.run.root),
         "samples": None if plan.corpus is None else len(plan.corpus),
+        "corpus": [] if plan.corpus is None else list(plan.corpus.notes),
         "tokens": tokens,
         "stores": [
             {
@@ -62,11 +67,12 @@ def size_tables(plan: Plan) -> list[Table]:
     found = describe(plan)
     tables = []
     if found["tokens"]:
-        tables.append(table := _table("tokens of", "", "", "longest"))
+        tables.append(table := _table("tokens of", "", "", "longest", *_SEGMENTS))
         for name, t in found["tokens"].items():
             low, high = t["interval"]
             how = {"exact": "counted", "bound": "at most"}.get(t["how"], f"of a sample, 95 %: {low:,} to {high:,}")
-            table.add_row(escape(name), f"{t['tokens']:,}", how, f"{t['longest']:,}")
+            by_segment = [f"{t['segments'][segment]:,}" if t["segments"] else "" for segment in _SEGMENTS]
+            table.add_row(escape(name), f"{t['tokens']:,}", how, f"{t['longest']:,}", *by_segment)
     if found["stores"]:
         tables.append(table := _table("store", "as", "parts", "files", "bytes/token", "size", ""))
         for s in found["stores"]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from array import array
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,11 @@ class Counts:
         """On the student's time axis."""
         return self._count("student", self._student_encoder)
 
-    def student_texts(self) -> list[str]:
+    def student_texts(self) -> Iterator[str]:
         """What a tokenizer of the student's own is trained on; of a sample, fewer, which cut alike."""
         train = self.corpus.split(Split.TRAIN)
         chosen = train if self.sample is None else train[: 10 * self.sample]
-        return [self.corpus.records[i].text for i in chosen]
+        return (self.corpus.records[i].text for i in chosen)
 
     def _count(self, key: str, encoder: Callable[[], Encoder]) -> TokenCount:
         if key not in self._found:
@@ -107,7 +108,7 @@ def planned_stores(
     recipe, found = run.recipe, []
     dtype = dtype_of(recipe.extract.dtype)
     size = recipe.samples_per_part or min(
-        parts_of([len(r.text.encode()) / BYTES_PER_TOKEN * g.bytes_per_token(dtype.itemsize) for r in corpus.records])
+        parts_of(array("d", (n / BYTES_PER_TOKEN * g.bytes_per_token(dtype.itemsize) for n in corpus.text_bytes)))
         for g in everyone or teachers.values()
     )
     project = recipe.project
@@ -151,7 +152,7 @@ def planned_stores(
             _add_slots(run, name, capture, student, add)
     if student is not None and run.needs_reference:
         own = recipe.samples_per_part or parts_of(
-            [len(corpus.records[i].text.encode()) / BYTES_PER_TOKEN * student.bytes_per_token(4) for i in calibration]
+            [corpus.text_bytes[i] / BYTES_PER_TOKEN * student.bytes_per_token(4) for i in calibration]
         )
         manifest = _manifest("capture", student, "float32", "blosc-zstd", len(calibration), own, {})
         add("reference", run.reference_path, counts.student, manifest, among=calibration, parts=manifest.num_parts)

@@ -105,7 +105,7 @@ def _subtitle(run: Run) -> str:
         student = str(run.student_geometry)
     except KavaError:
         student = "a student that is not made yet"
-    return f"{teachers} into {student}; corpus {run.recipe.corpus.path}"
+    return f"{teachers} into {student}; corpus {run.recipe.corpus.label}"
 
 
 def _headlines(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -295,7 +295,7 @@ def _is_reported(run: Run, name: str) -> bool:
 def _provenance(page: Page, run: Run) -> None:
     page.section("Provenance")
     try:
-        rows = [["corpus", run.corpus.digest, f"{len(run.corpus)} samples of {run.recipe.corpus.path}"]]
+        rows = [["corpus", run.corpus.digest, f"{len(run.corpus)} samples of {run.recipe.corpus.label}"]]
     except KavaError as error:  # A teacher has not written it yet, or it is on another machine.
         rows = [["corpus", "-", str(error)]]
     if run.student_dir.is_dir():

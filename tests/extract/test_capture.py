@@ -116,9 +116,9 @@ def test_only_some_parts(tmp_path: Path, teacher: HFTeacher) -> None:
 
 
 def test_too_long_stops_or_is_recorded(tmp_path: Path, teacher: HFTeacher) -> None:
-    corpus = _corpus()
     long = TEXTS[0] * 20
-    corpus.records[5] = Record("long", long, ((0, len(long), Segment.ANSWER),), (("user", 0, len(long)),))
+    too_long = Record("long", long, ((0, len(long), Segment.ANSWER),), (("user", 0, len(long)),))
+    corpus = Corpus([*_corpus().records[:5], too_long, *_corpus().records[6:]])
     store = _store(tmp_path / "s.zarr", teacher)
     with pytest.raises(CorpusError, match=r"'long': \d+ tokens, the model reads at most 256.*too_long: skip"):
         capture_store(store, corpus, ENCODER, teacher, CaptureSettings())

@@ -102,9 +102,9 @@ def test_parquet_and_saved_datasets(tmp_path: Path) -> None:
     [
         ([{"text": "a"}, "{broken"], {}, "line 2: not a JSON object"),
         (["[1]"], {}, "line 1: not a JSON object but list"),
-        ([{"question": "a"}], {}, r"line 1: none of the fields.*only \['question'\].*corpus.fields"),
+        ([{"question": "a"}], {}, "line 1: none of the known formats fits; the fields are question. .*corpus.fields"),
         ([{"text": "a"}, {"text": "  "}], {}, "line 2: the record is empty"),
-        ([{"prompt": 3}], {}, "line 1: the prompt is not a string but int"),
+        ([{"prompt": 3}], {}, "line 1: 'prompt' must be a string, not int"),
         ([{"text": "\ud800"}], {}, "line 1: .*surrogate"),
         ([{"id": 1, "text": "a"}, {"id": 1, "text": "b"}], {}, "line 2: id '1' was used before, by .* line 1"),
         ([{"id": [], "text": "a"}], {}, "line 1: the id must be"),
@@ -126,6 +126,6 @@ def test_missing_files_and_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "bad.parquet").write_bytes(b"not parquet")
     with pytest.raises(CorpusError, match=r"bad\.parquet"):
         _load(str(tmp_path / "bad.parquet"))
-    monkeypatch.setattr("kava.extract.corpus.hub_reachable", lambda: False)
+    monkeypatch.setattr("kava.extract.files.hub_reachable", lambda: False)
     with pytest.raises(HubUnreachableError, match="someone/data"):
         _load("someone/data")
