@@ -96,6 +96,8 @@ class Record:
     turns: tuple[tuple[str, int, int], ...]
     """Chat role and character range of each message, for chat templates."""
     split: Split = Split.TRAIN
+    messages: tuple[dict[str, Any], ...] = ()
+    """The messages as the corpus gives them; empty for a record of other fields."""
 
 
 @dataclass(frozen=True)

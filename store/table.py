@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from ..errors import DamagedStoreError, StoreNotFoundError
 from .files import reading
 from .fingerprint import digest_json
-from .sample import Segment
+from .sample import SEGMENTS
 
 if TYPE_CHECKING:
     from .manifest import Manifest
@@ -119,7 +119,7 @@ def _check_fields(header: Path, manifest: Manifest, index: int, table: dict[str,
         ("failed", table["failed"].keys() <= positions),
         ("num_rows", table["num_rows"] % manifest.page_tokens == 0),
         ("statistics", all(len(numbers) == layers for numbers in sums)),
-        ("coverage", table.get("coverage") is None or len(table["coverage"]) == len(Segment)),
+        ("coverage", table.get("coverage") is None or len(table["coverage"]) == len(SEGMENTS)),
     ):
         if not right:
             raise DamagedStoreError(f"{header}: field {field!r} does not fit the manifest")

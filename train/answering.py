@@ -1,8 +1,8 @@
 """Questions answered: greedy continuations of held-out prompts, and how often their number is the right one.
 
-A prompt is what stands before the first token of rationale or answer, token for token as in training; the right answer
-is the number that the sample's own answer ends in. Several prompts are continued at once, padded on the left: padding
-is not seen and not counted in positions, so that each continuation is that of its prompt alone.
+A prompt is what stands before the first token that the model writes itself, token for token as in training; the right
+answer is the number that the sample's own answer ends in. Several prompts are continued at once, padded on the left:
+padding is not seen and not counted in positions, so that each continuation is that of its prompt alone.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def questions_of(store: Targets, tokenizer: Any, limit: int | None = None) -> li
 
 def question_of(sample: KVSample, tokenizer: Any) -> Question | None:
     """The question in a sample; None if it has no prompt, or no number in its answer."""
-    written = np.isin(sample.segments, [int(Segment.RATIONALE), int(Segment.ANSWER)])
+    written = np.isin(sample.segments, [int(Segment.RATIONALE), int(Segment.ANSWER), int(Segment.TURN)])
     start = int(written.argmax()) if written.any() else 0
     if not (sample.segments[:start] == int(Segment.PROMPT)).any():
         return None
