@@ -76,6 +76,15 @@ class ChatTemplate:
             "chat_template: false"
         )
 
+    def check(self) -> None:
+        """Render a conversation, so that what is wrong with the template shows before any record is read.
+
+        Raises:
+            CorpusError: if there is no template, or it cannot render a question and an answer.
+            RecipeError: if the template prints today's date and none is set, or draws at random.
+        """
+        self.render([{"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}])
+
     @cached_property
     def generation_prompt(self) -> str:
         """Header of an assistant's turn, which the assistant does not write itself; empty if there is none."""

@@ -359,6 +359,11 @@ def _run(
             if isinstance(stage, StoreStage):
                 repair_stage(stage, failed=True, scheduler=scheduler, say=say, share=share)
         return
+    if any(stage.name == "extract" for stage in stages):
+        from .misfits import template_warnings
+
+        for warning in template_warnings(loaded):
+            err.print(f"kava: warning: {warning}", style="yellow", markup=False)
     _make(stages, force, scheduler, share)
 
 

@@ -363,6 +363,7 @@ def _transform(run: Run, parent: KVStore, out: Path, fingerprint: str, resampler
         corpus=run.corpus_settings,
         student=str(run.student_dir.resolve()),
         chat_template=run.recipe.student.chat_template,
+        chat_template_date=run.recipe.student.chat_template_date,
         resampler=resampler,
         across_segments=run.recipe.resample.across_segments,
         fingerprint=fingerprint,

@@ -19,8 +19,9 @@ ALLOWED = {
     "tap": {"errors", "store"},
     "hub": {"errors", "store", "tap"},
     "progress": {"errors"},
-    "extract": {"errors", "answers", "store", "tap", "hub"},
-    "train": {"errors", "answers", "store", "tap", "hub"},
+    "decoding": set(),
+    "extract": {"errors", "answers", "decoding", "store", "tap", "hub"},
+    "train": {"errors", "answers", "decoding", "store", "tap", "hub"},
     "pipeline": {"errors", "store", "tap", "hub", "progress", "extract", "train"},
 }
 

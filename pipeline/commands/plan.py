@@ -17,7 +17,7 @@ from ...store import KVGeometry
 from ...store.dtypes import dtype_of
 from ...store.manifest import default_page_tokens
 from ..maps.layers import LayerMap, layer_map
-from ..misfits import refuse_misfits
+from ..misfits import refuse_misfits, template_warnings
 from ..plan.plan import Plan
 from ..plan.show import size_tables
 from ..run import Run
@@ -53,6 +53,7 @@ def print_plan(plan: Plan, chosen: list[str], out: Console) -> None:
             if not any(str(error) in problem for problem in problems):
                 problems.append(f"{name}: {error}")
     if plan.corpus is not None:
+        problems += template_warnings(run)
         size = sum(len(record.text.encode()) for record in plan.corpus.records)
         out.print(f"corpus              {len(plan.corpus)} samples, {size / 1e6:.1f} MB of text\n")
     wide = out if out.is_terminal else Console(file=out.file, width=400, highlight=False)

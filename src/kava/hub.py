@@ -5,6 +5,7 @@ Every failure to find or read one becomes a `ModelNotFoundError` of one line.
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
 import json
 import os
@@ -26,6 +27,8 @@ from .store.fingerprint import file_stamp
 from .tap import attention_layout, probe_geometry
 
 _WEIGHTS: Final = ("*.safetensors", "*.gguf", "*.bin")
+_RENDERING_VERSION: Final = 2
+"""Changes whenever the same template gives other tokens or segments than before."""
 
 
 @dataclass(frozen=True)
@@ -263,15 +266,36 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return digest_json({k: v for k, v in state.items() if k not in ("truncation", "padding")})
 
 
-def chat_template_digest(tokenizer: Any) -> str:
-    """Digest of the tokenizer's chat template."""
-    return digest_json(tokenizer.chat_template)
+def chat_template_digest(tokenizer: Any, date: datetime.date | None = None) -> str:
+    """Digest of all that determines how messages are rendered.
+
+    Args:
+        tokenizer: with its chat template and the special tokens that the template may print.
+        date: that the template prints as today's; it counts only if the template may print one.
+    """
+    template = tokenizer.chat_template
+    dated = any(name in json.dumps(template) for name in ("strftime_now", "date_string"))
+    content = {
+        "template": template,
+        "special_tokens": tokenizer.special_tokens_map,
+        "date": str(date) if dated and date is not None else None,
+        "version": _RENDERING_VERSION,
+    }
+    return digest_json(json.loads(json.dumps(content, default=str)))
 
 
-def token_digests(source: ModelSource, *, chat_template: bool) -> tuple[str, str | None]:
-    """What determines the tokens of a text: digests of the tokenizer and, where it is used, of its chat template."""
+def token_digests(
+    source: ModelSource, *, chat_template: bool, date: datetime.date | None = None
+) -> tuple[str, str | None]:
+    """Digests that determine the tokens of a text: of the tokenizer and, where it is used, of its chat template.
+
+    Args:
+        source: the model or tokenizer.
+        chat_template: whether the text is wrapped in the tokenizer's chat template.
+        date: that the template prints as today's.
+    """
     tokenizer = load_tokenizer(source)
-    return tokenizer_digest(tokenizer), chat_template_digest(tokenizer) if chat_template else None
+    return tokenizer_digest(tokenizer), chat_template_digest(tokenizer, date) if chat_template else None
 
 
 def _gguf_sidecar(source: ModelSource) -> Path:

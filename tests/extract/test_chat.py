@@ -240,7 +240,7 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 @pytest.mark.parametrize("content", ["", None])
 def test_tool_calls_and_empty_turns_stay_and_are_learned(content: str | None) -> None:
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": "Add."},
         {"role": "assistant", "content": content, "tool_calls": [CALL]},
         {"role": "tool", "content": "2"},
