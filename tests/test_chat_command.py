@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures.command import kava, write_recipe
-from fixtures.models import save_model
+from fixtures.command import kava, rows, write_recipe
+from fixtures.models import next_logits, save_model
 from fixtures.templates import CHATML, DATED, chat_tokenizer
 
 from kava.extract import Corpus, Record
+from kava.hub import find_model, load_model
 from kava.pipeline.misfits import template_warnings
 from kava.pipeline.recipe import load_recipe
 from kava.pipeline.run import Run
-from kava.store import KVStore, Segment
+from kava.store import KVStore, Segment, Split
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,30 @@ def test_dates_are_fixed_recorded_and_needed(tmp_path: Path, chat_models: dict[s
 
 def test_a_mixture_is_named(tmp_path: Path, chat_models: dict[str, Path]) -> None:
     recipe = write_recipe(tmp_path, chat_models, student={"chat_template": True})
-    assert "student read the corpus in a chat template, teachers.big as plain text" in kava("plan", recipe)
+    printed = kava("extract", recipe, "-s", "teachers.big.model=/nowhere", code=2)
+    assert "warning: chat_template: student read the corpus in a chat template, teachers.big as plain text" in printed
+
+
+@pytest.mark.slow
+def test_a_trained_student_ends_its_turn(tmp_path: Path, chat_models: dict[str, Path]) -> None:
+    train = {"max_steps": 200, "eval_steps": 200, "alpha": 0, "learning_rate": 3e-3, "logging_steps": 50}
+    template = {"chat_template": True, "chat_template_date": "2025-01-02"}
+    recipe = write_recipe(tmp_path, chat_models, train=train, **template)
+    ended = [{**row, "answer": f"So there are {2 * n}."} for n, row in enumerate(rows())]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, ended)))
+    kava("run", recipe)
+    run = Run(load_recipe(recipe))
+    targets = run.open_target("big")
+    chances: dict[str, list[float]] = {}
+    for name, folder in (("before", run.student_dir), ("after", run.trained_dir())):
+        model = load_model(find_model(str(folder)), dtype="float32", device="cpu")
+        for index in targets.indices(Split.HELDOUT):
+            sample = targets.sample(index, keys=False, values=False)
+            (end,) = (sample.segments == Segment.TURN).nonzero()[0]
+            logits = next_logits(model, sample.input_ids[:end].tolist())
+            chances.setdefault(name, []).append(float(logits.softmax(-1)[sample.input_ids[end]]))
+    assert max(chances["before"]) < 0.1
+    assert min(chances["after"]) > 0.9
 
 
 @pytest.mark.parametrize(
