@@ -20,9 +20,10 @@ ALLOWED = {
     "hub": {"errors", "store", "tap"},
     "progress": {"errors"},
     "decoding": set(),
+    "terminal": set(),
     "extract": {"errors", "answers", "decoding", "store", "tap", "hub"},
     "train": {"errors", "answers", "decoding", "store", "tap", "hub"},
-    "pipeline": {"errors", "store", "tap", "hub", "progress", "extract", "train"},
+    "pipeline": {"errors", "store", "tap", "hub", "progress", "terminal", "extract", "train"},
 }
 
 

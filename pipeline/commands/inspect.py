@@ -14,6 +14,7 @@ from rich.table import Table
 from ...errors import StoreError
 from ...extract.signals import CONFIDENCE
 from ...store import KVSample, KVStore, Segment, Split
+from ...terminal import printable
 from .align import print_alignment
 
 if TYPE_CHECKING:
@@ -172,9 +173,11 @@ def _print_sample(store: KVStore, index: int, run: Run | None, out: Console) -> 
         table.add_row(
             str(row),
             str(sample.input_ids[row]),
-            escape(token),
+            escape(printable(token)),
             f"{start}-{stop}" if stop > start else "",
-            "" if text is None or stop == start else escape(repr(text[start:stop].decode("utf-8", "replace"))),
+            ""
+            if text is None or stop == start
+            else escape(printable(repr(text[start:stop].decode("utf-8", "replace")))),
             Segment(int(sample.segments[row])).name.lower(),
             "yes" if sample.mask[row] else "no",
             f"{keys[row]:.2f}",

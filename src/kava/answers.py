@@ -48,8 +48,8 @@ def final_number(text: str, *, first_mark: bool = False) -> Fraction | None:
 
     After the last `####`, or else in the last `\boxed{}`, the first number counts, and without either the last one of
     the text. Thousands separators, currency signs, units and a full stop are no part of it; `3/4`, `\frac{3}{4}` and
-    `1 1/2` are fractions, `50%` is 50, `1.5 \times 10^6` and `2^{10}` are what they amount to. Multiples of roots and of
-    pi are no such numbers.
+    `1 1/2` are fractions, `50%` is 50, `1.5 \times 10^6` and `2^{10}` are what they amount to. A multiple of a root or
+    of pi is None.
 
     Args:
         text: an answer, or what a model wrote.
