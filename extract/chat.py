@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 
-_USER, _ASSISTANT, _NEXT = "\ue000", "\ue001", "\ue002"
+_USER, _ASSISTANT, _NEXT, _SYSTEM = "\ue000", "\ue001", "\ue002", "\ue003"
 """Contents of the conversations that are compared: characters that no template writes."""
 _RANDOM: Final = {"random": "the filter `random`", "lipsum": "the function `lipsum`"}
 
@@ -83,29 +84,27 @@ class ChatTemplate:
             CorpusError: if there is no template, or it cannot render a question and an answer.
             RecipeError: if the template prints today's date and none is set, or draws at random.
         """
-        self.render([{"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}])
+        self._probe([{"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}])
 
     @cached_property
     def generation_prompt(self) -> str:
         """Header of an assistant's turn, which the assistant does not write itself; empty if there is none."""
         asked = [{"role": "user", "content": _USER}]
-        plain, asking = self.render(asked), self.render(asked, ask=True)
-        return asking.removeprefix(plain) if asking.startswith(plain) else ""
+        plain, asking = self._probe(asked), self._probe(asked, ask=True)
+        # Not always a continuation: some templates end a conversation that nobody is asked to continue.
+        return asking.removeprefix(self._shared(plain, asking))
 
     @cached_property
     def turn_end(self) -> TurnEnd:
         """Text that ends an assistant's turn: what follows it both inside and at the end of a conversation."""
         turns = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}]
-        final = self.render(turns).rpartition(_ASSISTANT)[2]
+        final = self._probe(turns).rpartition(_ASSISTANT)[2]
         try:
-            longer = self.render([*turns, {"role": "user", "content": _NEXT}])
+            longer = self._probe([*turns, {"role": "user", "content": _NEXT}])
         except CorpusError:  # Templates of a single turn.
             longer = ""
         inner = longer.rpartition(_ASSISTANT)[2].partition(_NEXT)[0] if longer else final
-        length = next(
-            (n for n, (a, b) in enumerate(zip(final, inner, strict=False)) if a != b), min(len(final), len(inner))
-        )
-        shared = final[:length].rstrip()
+        shared = self._shared(final, inner).rstrip()
         return TurnEnd(shared, shared or final.rstrip())
 
     @cached_property
@@ -115,6 +114,25 @@ class ChatTemplate:
 
         values = {node.value for node in self._program.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
         return sorted((value for value in values if value.strip()), key=lambda value: (-len(value), value))
+
+    def _shared(self, first: str, second: str) -> str:
+        """Return the longest common beginning of two texts that ends where a token of both ends."""
+        length = next(
+            (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+        )
+        for text in (first, second):
+            encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            length = max((stop for _, stop in encoding["offset_mapping"] if stop <= length), default=0)
+        return first[:length]
+
+    def _probe(self, turns: list[Message], *, ask: bool = False) -> str:
+        """Render a conversation that stands for others, with a system prompt if the template insists on one."""
+        try:
+            return self.render(turns, ask=ask)
+        except CorpusError:
+            with suppress(CorpusError):
+                return self.render([{"role": "system", "content": _SYSTEM}, *turns], ask=ask)
+            raise
 
     def _apply(self, messages: list[Message], ask: bool) -> str:
         dates = {} if self.date is None else {"date_string": self.date.strftime("%d %b %Y")}

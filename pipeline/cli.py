@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 a fault (damage, or a bug), 2 the user's input, 75 try the
 
 from __future__ import annotations
 
-import codecs
 import logging
 import os
 import sys
@@ -15,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import EXIT_FAULT, EXIT_RETRY, EXIT_USER, KavaError, RecipeError, StageError
-from ..terminal import escape_unprintable
+from ..terminal import escape_unprintable, file_name_fault
 from .cli_results import compare, evaluate, report
 from .cli_status import plan, status
 from .cli_store import (
@@ -319,15 +318,9 @@ def main() -> None:
         except KavaError as told:
             _fail(str(told), told.exit_code, error)
     except UnicodeEncodeError as error:
-        if codecs.lookup(error.encoding) != codecs.lookup(sys.getfilesystemencoding()) or error.encoding == "utf-8":
+        if (fault := file_name_fault(error)) is None:
             raise
-        name = error.object if len(error.object) < 200 else error.object[error.start : error.end]
-        _fail(
-            f"{name!r}: the locale's encoding, {error.encoding}, has no such file name. Set PYTHONUTF8=1, or a locale "
-            "such as LC_ALL=C.UTF-8",
-            EXIT_USER,
-            error,
-        )
+        _fail(fault, EXIT_USER, error)
 
 
 def _fail(message: str, code: int, error: BaseException) -> None:

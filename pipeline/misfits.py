@@ -65,9 +65,23 @@ def template_warnings(run: Run) -> list[str]:
 
 def _refuse_templates(run: Run, name: str) -> None:
     """Refuse chat templates that cannot be rendered, or not to the same text every day."""
-    teacher, student = run.teacher(name), run.recipe.student
+    teacher = run.teacher(name)
     if teacher.chat_template:
         _check_template(f"teachers.{name}", run.teacher_source(name), teacher.chat_template_date)
+    # The student may be on another machine.
+    with suppress(ModelNotFoundError):
+        check_student_template(run)
+
+
+def check_student_template(run: Run) -> None:
+    """Refuse a student's chat template that cannot be rendered, or not to the same text every day.
+
+    Raises:
+        CorpusError: if there is no template, or it cannot render a question and an answer.
+        RecipeError: if it prints today's date and none is set, or the tokenizer is one that is trained here.
+        ModelNotFoundError: if its tokenizer cannot be loaded.
+    """
+    student = run.recipe.student
     if not student.chat_template:
         return
     if isinstance(student.tokenizer, ByteLevelBPE):
@@ -75,9 +89,7 @@ def _refuse_templates(run: Run, name: str) -> None:
             "student.chat_template: a tokenizer that is trained on the corpus has no chat template. Set "
             "student.chat_template: false, or name a tokenizer that has one"
         )
-    # The student may be on another machine.
-    with suppress(ModelNotFoundError):
-        _check_template("student", _student_tokenizer(run), student.chat_template_date)
+    _check_template("student", _student_tokenizer(run), student.chat_template_date)
 
 
 def _check_template(key: str, source: ModelSource, date: datetime.date | None) -> None:

@@ -51,6 +51,10 @@ def test_dates_are_fixed_recorded_and_needed(tmp_path: Path, chat_models: dict[s
     assert digests[0] == teacher.manifest.chat_template_digest != digests[1]
     # The student's template prints no date, so its date is none of its content.
     assert len({run.reference_manifest.chat_template_digest for run in runs}) == 1
+    # The student ends its turn also where kava is not: in generate of transformers, in vLLM.
+    (trained,) = tmp_path.glob("run/students/*/generation_config.json")
+    turn_end = chat_tokenizer(CHATML).convert_tokens_to_ids("<|im_end|>")
+    assert turn_end in json.loads(trained.read_bytes())["eos_token_id"]
     answers = kava("evaluate", recipe, *dated)
     assert "exact match" in answers
 

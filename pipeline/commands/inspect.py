@@ -60,7 +60,9 @@ def _facts(store: KVStore) -> dict[str, Any]:
         "tokens": int(real.sum()),
         "tokens_with_target": sum(p.statistics["tokens"] for p in parts),
         "tokens_per_sample": [int(real.min()), int(np.median(real)), int(real.max())] if len(real) else [],
-        "tokens_by_segment": {s.name.lower(): int(segments[s]) for s in Segment if s},
+        "tokens_by_segment": {
+            s.name.lower(): int(segments[s]) for s in Segment if s and (segments[s] or s is not Segment.TURN)
+        },
         "coverage": store.coverage(),
         "bytes_per_token": store.geometry.bytes_per_token(store.dtype.itemsize),
         "bytes_on_disk": disk,

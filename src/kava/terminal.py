@@ -27,6 +27,18 @@ def printable(text: str) -> str:
     return text.encode(encoding, _ESCAPE).decode(encoding)
 
 
+def file_name_fault(error: UnicodeEncodeError) -> str | None:
+    """Describe a file name that the locale cannot encode; None if the error is another one."""
+    encoding = sys.getfilesystemencoding()
+    if codecs.lookup(encoding).name == "utf-8" or codecs.lookup(error.encoding) != codecs.lookup(encoding):
+        return None
+    name = error.object if len(error.object) < 200 else error.object[error.start : error.end]
+    return (
+        f"{name!r}: the locale's encoding, {encoding}, has no such file name. Set PYTHONUTF8=1, or a locale such as "
+        "LC_ALL=C.UTF-8"
+    )
+
+
 def _escaped(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fixtures.templates import CHATML, DATED, GEMMA, LLAMA2, LLAMA3, QWEN3, ZEPHYR, chat_tokenizer
+from fixtures.templates import CHATML, DATED, GEMMA, LLAMA2, LLAMA3, MISTRAL, PHI3, QWEN3, ZEPHYR, chat_tokenizer
 
 from kava.errors import CorpusError, RecipeError
 from kava.extract import Encoder, Record
@@ -66,8 +66,16 @@ def _texts(record: Record, tokens: Tokens) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("template", "end"),
-    [(CHATML, "<|im_end|>"), (GEMMA, "<end_of_turn>"), (ZEPHYR, "</s>"), (LLAMA3, "<|eot_id|>"), (LLAMA2, "</s>")],
-    ids=["chatml", "gemma", "zephyr", "llama-3", "llama-2"],
+    [
+        (CHATML, "<|im_end|>"),
+        (GEMMA, "<end_of_turn>"),
+        (ZEPHYR, "</s>"),
+        (LLAMA3, "<|eot_id|>"),
+        (LLAMA2, "</s>"),
+        (MISTRAL, "<|end|>"),
+        (PHI3, "<|end|>"),
+    ],
+    ids=["chatml", "gemma", "zephyr", "llama-3", "llama-2", "mistral", "phi-3"],
 )
 @pytest.mark.parametrize("record", [QUESTION, CHAT], ids=["one turn", "two turns"])
 def test_the_end_of_an_assistants_turn_is_learned(template: str, end: str, record: Record) -> None:
@@ -75,7 +83,7 @@ def test_the_end_of_an_assistants_turn_is_learned(template: str, end: str, recor
     ids, number = tokens.input_ids.tolist(), tokenizer.convert_tokens_to_ids(end)
     turns = [segment for *_, segment in record.segments]
     ends = [place for place, token in enumerate(ids) if token == number]
-    if template == LLAMA2:
+    if template in (LLAMA2, MISTRAL):
         turns = [turn for turn in turns if turn == A]  # Its users' turns have no end token.
     assert [ids[place] == number for place in ends[-len(turns) :]] == [True] * len(turns)
     learned = [place for place, label in enumerate(_labels(tokens)) if label >= 0]
@@ -84,7 +92,9 @@ def test_the_end_of_an_assistants_turn_is_learned(template: str, end: str, recor
         place for place, turn in zip(ends[-len(turns) :], turns, strict=True) if turn == A
     ]
     assert "".join(tokenizer.decode([ids[p]]) for p in answers).replace(" ", "") in ("Four.", "Four.Yes.")
-    assert ids.count(tokenizer.eos_token_id) == (len(ends) if tokenizer.eos_token == end else 0)
+    # No second end: Phi-3's template prints one of its own, which is not learned.
+    own = 1 if template == PHI3 else 0
+    assert ids.count(tokenizer.eos_token_id) == (len(ends) if tokenizer.eos_token == end else own)
     # It has no text, so it has no target.
     assert (tokens.spans[tokens.segments == Segment.TURN] == 0).all()
     assert Encoder(tokenizer, chat_template=True).stop_ids == [number]
@@ -111,6 +121,16 @@ def test_a_template_without_an_end_gets_one_and_all_up_to_it_is_learned(template
     assert after == ("\n<|end|>" if template.endswith("\n{% endfor %}") else "<|end|>")
     assert _labels(tokens)[-1] == tokenizer.eos_token_id
     assert Encoder(tokenizer, chat_template=True).stop_ids == []
+
+
+def test_a_template_that_insists_on_a_system_prompt() -> None:
+    insisting = "{% if messages[0].role != 'system' %}{{ raise_exception('no system prompt') }}{% endif %}" + CHATML
+    tokenizer, tokens = _encode(
+        insisting, _record(("system", "Be.", P), ("user", "How many?", P), ("assistant", "Four.", A))
+    )
+    assert tokenizer.decode(tokens.input_ids[tokens.segments == Segment.TURN]) == "<|im_end|>"
+    with pytest.raises(CorpusError, match="roles user, assistant: no system prompt"):
+        _encode(insisting, QUESTION)
 
 
 def test_an_end_that_only_the_last_turn_has() -> None:
