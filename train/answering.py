@@ -113,7 +113,7 @@ def answer(
     batch_size: int = 16,
     on_answer: Callable[[int], None] = lambda count: None,
 ) -> ExactMatch:
-    """Continues every prompt greedily, and compares numbers: that after the first `####`, or else the last one.
+    """Continues every prompt greedily, and compares numbers: that after the first mark, or else the last one.
 
     Args:
         model: the student.
