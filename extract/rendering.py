@@ -70,8 +70,15 @@ def render_record(template: ChatTemplate, record: Record) -> Rendering:
             field.
     """
     messages = _composed(record.messages) if record.messages else _turns(record)
+    flat = [_flat(message) for message in messages]
     try:
-        return _Placement(template, messages, record).rendering()
+        try:
+            placement = _Placement(template, messages, record)
+        except CorpusError:
+            if flat == messages:
+                raise
+            placement = _Placement(template, flat, record)  # Many templates read strings alone.
+        return placement.rendering()
     except CorpusError as error:
         raise CorpusError(f"sample {record.sample_id!r}: {error}") from None
 
@@ -293,6 +300,14 @@ class _Placement:
 
 def _turns(record: Record) -> list[Message]:
     return [{"role": role, "content": record.text[start:stop]} for role, start, stop in record.turns]
+
+
+def _flat(message: Message) -> Message:
+    """The message with a list of texts as its content joined to one string, as templates join them."""
+    content = message.get("content")
+    if not isinstance(content, list) or not all(isinstance(part, dict) and "text" in part for part in content):
+        return message
+    return message | {"content": "".join(str(part["text"]) for part in content)}
 
 
 def _composed(messages: Sequence[Message]) -> list[Message]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 from contextlib import suppress
+from itertools import islice
+from typing import Final
 
 from ..errors import AlignmentError, CorpusError, ModelNotFoundError, RecipeError
 from ..extract.chat import ChatTemplate
@@ -12,6 +14,9 @@ from ..store import Split
 from ..train.settings import ByteLevelBPE
 from .maps.layers import layer_map
 from .run import Run
+
+_LOOKED_AT: Final = 100
+"""Records that tell whether a corpus is one of chats."""
 
 
 def refuse_misfits(run: Run, name: str) -> None:
@@ -55,7 +60,7 @@ def template_warnings(run: Run) -> list[str]:
             f"chat_template: {', '.join(with_one)} read the corpus in a chat template, {', '.join(without)} as plain "
             "text. Set chat_template once, at the top of the recipe, unless that is meant"
         ]
-    if without and any(record.messages for record in run.prompts.records):
+    if without and any(record.messages for record in islice(run.prompts.records, _LOOKED_AT)):
         return [
             f"chat_template: the records of corpus {recipe.corpus.path} are chats, and every model reads them as plain "
             "text without roles. Set chat_template: true at the top of the recipe, or false to confirm"

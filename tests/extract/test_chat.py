@@ -15,6 +15,11 @@ from kava.extract.tokens import Tokens
 from kava.store import KVSample, Segment, Split
 from kava.train.data import TargetCollator
 
+GEMMA_LISTS = GEMMA.replace(
+    "message['content'] | trim",
+    "(message['content'] if message['content'] is string else message['content'] | map(attribute='text') | join)",
+)
+"""Gemma 3, in short."""
 P, R, A = Segment.PROMPT, Segment.RATIONALE, Segment.ANSWER
 
 
@@ -272,6 +277,16 @@ def test_tool_calls_and_empty_turns_stay_and_are_learned(content: str | None) ->
     learned = tokenizer.decode(tokens.input_ids[tokens.segments == Segment.TURN])
     assert learned == call + "<think>\n\n</think>\n\n<|im_end|>"
     assert _texts(record, tokens)["PROMPT"] == "Add.2"
+
+
+@pytest.mark.parametrize("template", [CHATML, GEMMA_LISTS], ids=["strings alone", "lists too"])
+def test_content_in_parts(template: str) -> None:
+    parts = [{"type": "text", "text": "How"}, {"type": "text", "text": " many?"}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": parts}, {"role": "assistant", "content": "Four."}]
+    record = _record(("user", "How", P), ("user", " many?", P), ("assistant", "Four.", A), messages=messages)
+    tokenizer, tokens = _encode(template, record)
+    assert "How many?" in tokenizer.decode(tokens.input_ids)
+    assert _texts(record, tokens) == {"NONE": "", "PROMPT": "How many?", "ANSWER": "Four.", "TURN": ""}
 
 
 def test_two_assistant_turns_stay_two() -> None:
