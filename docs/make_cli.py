@@ -106,7 +106,8 @@ NOTES = {
     "of `train.ce_segments`, and per byte of text, which compares across tokenizers: a folder with any model goes,\n"
     "with `--recipe`. KV error is the squared error of keys and values over the variance of the targets, by layer; it\n"
     "needs the targets' tokenizer. Answers are greedy, from the prompt as it was trained on; the number after the\n"
-    "first `####`, else the last one, is compared by value with that of the sample's answer (`1,234`, `$5.00`, `3/4`\n"
+    "first `####`, else in the first `\\boxed{}`, else the last one, is compared by value with that of the answer\n"
+    "(`1,234`, `1{,}234`, `1,23,456`, `$5.00`, `3/4`, `\\frac{3}{4}`, `2^{10}`\n"
     "and negatives are read), with Wilson's 95 %. `--tasks` are lm-eval's, which finds or downloads their data by\n"
     "itself, and [tasks of your own](../howto/tasks.md): YAML files, or names that `--include-path` has.",
     "compare": "Each arm and seed is a training in a folder of its own below `run_dir/compare`: what is finished is\n"

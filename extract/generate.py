@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Annotated, Any, Literal, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from ..answers import MARK, same_number
 from ..errors import CorpusError
@@ -22,7 +22,10 @@ from .tokens import Encoder
 
 
 class GenerateSettings(BaseModel):
-    """How the teacher writes. Everything here but `chunk` determines the text."""
+    """How the teacher writes. Everything here but `chunk` determines the text, and nothing else of the model's does.
+
+    What its `generation_config.json` says of sampling, penalties and beams is not used.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -32,9 +35,13 @@ class GenerateSettings(BaseModel):
     """Put after the prompt when asking, and not part of the corpus."""
     max_new_tokens: PositiveInt = 512
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    """0 takes the likeliest token every time."""
+    """Divisor of the logits; 0 takes the likeliest token every time."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Smallest share of the probability that the likeliest tokens must have together; 1 for no limit."""
+    top_k: NonNegativeInt = 0
+    """Likeliest tokens that are drawn from; 0 for all."""
     seed: int = 0
+    """Seed of the draws."""
     keep: Literal["all", "matching"] = "all"
     """`matching`: only samples whose final number is that of the record's answer."""
     chunk: PositiveInt = 256
@@ -99,8 +106,7 @@ def prompt_ids(encoder: Encoder, question: Question, settings: GenerateSettings)
     text = question.prompt + settings.instruction
     tokenizer = encoder.tokenizer
     if encoder.chat_template:
-        asked = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        text = encoder.template.render([{"role": "user", "content": text}], ask=True)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return list(tokenizer(text + "\n")["input_ids"])
 

@@ -7,10 +7,11 @@ from importlib import metadata
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from ..decoding import continue_prompts
 from ..hub import ModelSource, load_model
 from ..store import KVGeometry, at_work
 from ..tap import KVTap, decoder, probe_geometry
-from .rope import forget_longest_pass, frequency_class, rope_parameters
+from .rope import forget_longest_pass, frequency_class, max_positions
 from .signals import Signals
 from .teacher import Captured
 from .tokens import Tokens
@@ -76,10 +77,8 @@ class HFTeacher:
 
     @property
     def max_tokens(self) -> int:
-        """`max_position_embeddings` of the model's config; under dynamic NTK scaling, `factor` times that."""
-        config = self.model.config
-        factors = [p["factor"] for p in rope_parameters(config) if p.get("rope_type") == "dynamic"]
-        return int(config.max_position_embeddings * min(factors, default=1))
+        """Tokens that the model reads; see `max_positions`."""
+        return max_positions(self.model.config)
 
     def capture(self, samples: Sequence[Tokens]) -> Iterator[Captured]:
         """Pre-RoPE keys and values of each sample, in the model's dtype, by batches of like length.
@@ -103,38 +102,28 @@ class HFTeacher:
         stop_ids: Sequence[int],
         numbers: Sequence[int],
     ) -> list[list[int]]:
-        """Continues each prompt, by batches of like length; sampling is seeded by a batch's first prompt.
+        """Continue each prompt, in batches of similar length; each is drawn with a seed of its own.
 
         Prompts that may grow past a length at which rotary frequencies change share a batch only with their like.
         """
-        import torch
-
         written: list[list[int]] = [[] for _ in prompts]
-        sampling = {"temperature": settings.temperature, "top_p": settings.top_p} if settings.temperature else {}
-        device = next(self.model.parameters()).device
         ends = [len(p) + settings.max_new_tokens for p in prompts]
         config = self.model.config
         kinds = [0 if frequency_class(config, end) == frequency_class(config, 1) else end for end in ends]
         for batch in plan_batches(ends, self.batch_tokens, kinds):
-            longest = max(len(prompts[index]) for index in batch)
-            ids, mask = (torch.zeros((len(batch), longest), dtype=torch.int64) for _ in range(2))
-            for row, index in enumerate(batch):
-                ids[row, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
-                mask[row, longest - len(prompts[index]) :] = 1
-            torch.manual_seed(settings.seed + numbers[batch[0]])
             forget_longest_pass(self.model)
-            found = self.model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
+            continued = continue_prompts(
+                self.model,
+                [prompts[index] for index in batch],
+                stop_ids=stop_ids,
                 max_new_tokens=settings.max_new_tokens,
-                do_sample=bool(sampling),
-                eos_token_id=list(stop_ids),
-                pad_token_id=stop_ids[0],
-                **sampling,
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                seeds=[settings.seed + numbers[index] for index in batch],
             )
-            for index, tokens in zip(batch, found[:, longest:].tolist(), strict=True):
-                stop = next((at for at, token in enumerate(tokens) if token in stop_ids), len(tokens))
-                written[index] = tokens[:stop]
+            for index, tokens in zip(batch, continued, strict=True):
+                written[index] = tokens
             at_work()
         return written
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -96,7 +96,7 @@ def from_sharegpt(value: Any, column: str, where: str) -> tuple[dict[str, Any], 
 def parts_of(messages: Sequence[dict[str, Any]]) -> Iterator[Part]:
     """The parts of all messages that have text, in the order in which templates render them."""
     for number, message in enumerate(messages):
-        for path, text in _texts(message):
+        for path, text in message_texts(message):
             if text:
                 yield Part(number, path, str(message["role"]), text)
 
@@ -123,15 +123,16 @@ def unread_keys(messages: Sequence[dict[str, Any]]) -> set[str]:
     return {str(key) for message in messages for key in message.keys() - MESSAGE_KEYS}
 
 
-def _texts(message: dict[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """The strings of a message that belong to the canonical text, with the keys that lead to them."""
+def messagemessage_texts(message: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Yield the strings of a message that belong to the canonical text, each with the keys that lead to it, in order."""
     for key in (*REASONING, "content"):
         value = message.get(key)
         if isinstance(value, str):
             yield (key,), value
-        elif isinstance(value, list):
+        elif key == "content" and isinstance(value, list | tuple):
             for number, part in enumerate(value):
-                yield (key, number, "text"), part["text"]
+                if isinstance(part, dict) and isinstance(part.get("text"), str):
+                    yield (key, number, "text"), part["text"]
 
 
 def _checked(message: dict[str, Any], where: str) -> dict[str, Any]:

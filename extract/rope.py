@@ -193,6 +193,22 @@ def rope_parameters(config: Any) -> list[dict[str, Any]]:
     return [value for value in stated.values() if isinstance(value, dict)] or [stated]
 
 
+def max_positions(config: Any) -> int:
+    """Return how many tokens a model reads: `max_position_embeddings`, or more where its rotation is scaled.
+
+    YaRN (Peng et al. 2023, https://arxiv.org/abs/2309.00071) reaches `factor` times
+    `original_max_position_embeddings`, also where `max_position_embeddings` was left at the original length, as Qwen2.5
+    and Qwen3 say to do. Dynamic NTK scaling reaches `factor` times `max_position_embeddings`.
+    """
+    stated, reached = int(config.max_position_embeddings), []
+    for parameters in rope_parameters(config):
+        kind, factor = parameters.get("rope_type"), parameters.get("factor")
+        if kind in ("yarn", "dynamic") and factor is not None:
+            original = parameters.get("original_max_position_embeddings") if kind == "yarn" else None
+            reached.append(int(factor * (original or stated)))
+    return min(reached, default=stated)
+
+
 def frequency_class(config: Any, length: int) -> tuple[int, ...]:
     """What a forward pass over positions 0 to `length - 1` chooses its frequencies by.
 

@@ -7,19 +7,19 @@ character offsets are used and tokens inside one character share its range: the 
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
 
-from ..errors import CorpusError
 from ..store import Segment
+from .chat import ChatTemplate
 from .corpus import Record
-from .messages import parts_of
+from .rendering import render_record
 
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-F]{2})>")
 _Spans = np.ndarray[tuple[int, int], np.dtype[np.int32]]
@@ -47,24 +47,67 @@ class Encoder:
     chat_template: bool = False
     """Wrap the record's turns in the tokenizer's chat template."""
     add_eos: bool = False
-    """End every sample with the tokenizer's end-of-sequence token."""
+    """End every sample with the tokenizer's end-of-sequence token, where the chat template does not end it."""
+    chat_template_date: datetime.date | None = None
+    """Date that the chat template prints as today's."""
 
     def encode(self, record: Record) -> Tokens:
-        """Tokenises a record.
+        """Tokenise a record.
 
         Raises:
-            CorpusError: if the chat template changes the messages' text, so that spans cannot be exact.
+            CorpusError: if the chat template cannot render the record, or not so that spans are exact.
+            RecipeError: if the chat template prints today's date and none is set.
         """
-        regions = [(0, len(record.text), 0)]
-        text = record.text
         if self.chat_template:
-            text, regions = self._templated(record)
-        ids, spans = self._encode_text(text, add_special_tokens=not self.chat_template)
-        spans = _to_canonical(spans, _byte_regions(text, record.text, regions))
+            return self._encode_chat(record)
+        ids, spans = self._encode_text(record.text, add_special_tokens=True)
+        segments = _segments(spans, record)
+        if self._lacks_eos(ids):
+            ids, spans, segments = self._with_eos(ids, spans, segments, Segment.NONE)
+        return Tokens(ids, np.arange(len(ids), dtype=np.int32), spans, segments)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The tokenizer's chat template."""
+        return ChatTemplate(self.tokenizer, self.chat_template_date)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids that end an assistant's turn under the chat template; empty without one."""
+        if not self.chat_template:
+            return []
+        end = self.template.turn_end.final
+        ids = self.tokenizer(end, add_special_tokens=False)["input_ids"] if end else []
+        return [int(ids[-1])] if ids and int(ids[-1]) in self._special_ids else []
+
+    def _encode_chat(self, record: Record) -> Tokens:
+        rendering = render_record(self.template, record)
+        ids, places = self._encode_text(rendering.text, add_special_tokens=False)
+        spans = _to_canonical(places, _byte_regions(rendering.text, record.text, rendering.regions))
+        segments = _segments(spans, record)
+        written = np.zeros(len(ids), np.bool_)
+        for start, stop in rendering.written:
+            low, high = (len(rendering.text[:at].encode()) for at in (start, stop))
+            written |= (places[:, 0] >= low) & (places[:, 0] < high)
+        lacks_end = rendering.asks and not self.stop_ids and self._lacks_eos(ids)
+        if lacks_end and rendering.written:
+            # The template ends a turn with no token of its own, so the model writes all up to the end of the sequence.
+            written |= places[:, 0] >= len(rendering.text[: rendering.written[-1][1]].encode())
+        segments[written & (spans[:, 0] == spans[:, 1])] = Segment.TURN
+        if lacks_end:
+            ids, spans, segments = self._with_eos(ids, spans, segments, Segment.TURN)
+        return Tokens(ids, np.arange(len(ids), dtype=np.int32), spans, segments)
+
+    def _lacks_eos(self, ids: Any) -> bool:
         eos = self.tokenizer.eos_token_id
-        if self.add_eos and eos is not None and (len(ids) == 0 or ids[-1] != eos):
-            ids, spans = np.append(ids, np.int32(eos)), np.concatenate([spans, np.zeros((1, 2), np.int32)])
-        return Tokens(ids, np.arange(len(ids), dtype=np.int32), spans, _segments(spans, record))
+        return self.add_eos and eos is not None and (len(ids) == 0 or ids[-1] != eos)
+
+    def _with_eos(self, ids: Any, spans: _Spans, segments: Any, segment: Segment) -> tuple[Any, _Spans, Any]:
+        return (
+            np.append(ids, np.int32(self.tokenizer.eos_token_id)),
+            np.concatenate([spans, np.zeros((1, 2), np.int32)]),
+            np.append(segments, np.uint8(segment)),
+        )
 
     def _encode_text(self, text: str, *, add_special_tokens: bool) -> tuple[Any, _Spans]:
         """Ids `[t]` and byte spans `[t, 2]` in `text`; empty spans for tokens that the post-processor added."""
@@ -87,38 +130,6 @@ class Encoder:
             exact = _offset_spans(pieces, [encoding["offset_mapping"][i] for i in content], text)
         spans[content] = exact
         return ids, spans
-
-    def _templated(self, record: Record) -> tuple[str, list[tuple[int, int, int]]]:
-        """The rendered chat, and `(start, stop, canonical start)` in characters of each message inside it."""
-        contents = [record.text[start:stop] for _, start, stop in record.turns]
-        marks = [f"\ue000{number}\ue001" for number in range(len(contents))]
-        with_marks, rendered = (self._render(_messages(record, texts)) for texts in (marks, contents))
-        regions, out, position = [], "", 0
-        for mark, content, (_, start, _) in zip(marks, contents, record.turns, strict=True):
-            at = with_marks.find(mark, position)
-            if at < 0:
-                raise CorpusError(
-                    f"sample {record.sample_id!r}: the chat template leaves out a message; set chat_template: false"
-                )
-            out += with_marks[position:at]
-            kept = content if rendered.startswith(content, len(out)) else content.strip()
-            begin = start + content.find(kept)
-            regions.append((len(out), len(out) + len(kept), begin))
-            out, position = out + kept, at + len(mark)
-        out += with_marks[position:]
-        if out != rendered:
-            raise CorpusError(
-                f"sample {record.sample_id!r}: the chat template changes the text of a message, so that byte spans "
-                "cannot be exact; set chat_template: false"
-            )
-        return rendered, regions
-
-    def _render(self, messages: list[dict[str, Any]]) -> str:
-        try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-        except Exception as error:
-            roles = [message["role"] for message in messages]
-            raise CorpusError(f"the chat template cannot render roles {roles}: {error}") from None
 
     def _token_bytes(self, token_id: int) -> bytes | None:
         """The bytes that this token stands for; None if it stands for no definite bytes."""
@@ -144,6 +155,11 @@ class Encoder:
         return {}
 
     @cached_property
+    def _special_ids(self) -> set[int]:
+        special = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return special | {int(number) for number in self.tokenizer.all_special_ids}
+
+    @cached_property
     def _added(self) -> dict[int, str]:
         return {number: str(token) for number, token in self.tokenizer.added_tokens_decoder.items()}
 
@@ -151,19 +167,6 @@ class Encoder:
     def _byte_level(self) -> bool:
         state = json.loads(self.tokenizer.backend_tokenizer.to_str())
         return '"ByteLevel"' in json.dumps([state.get("pre_tokenizer"), state.get("decoder")])
-
-
-def _messages(record: Record, texts: list[str]) -> list[dict[str, Any]]:
-    """The record's messages with other texts in the place of the parts that are aligned."""
-    if not record.messages:
-        return [{"role": role, "content": text} for (role, _, _), text in zip(record.turns, texts, strict=True)]
-    messages = deepcopy(list(record.messages))
-    for part, text in zip(parts_of(record.messages), texts, strict=True):
-        holder: Any = messages[part.message]
-        for key in part.path[:-1]:
-            holder = holder[key]
-        holder[part.path[-1]] = text
-    return messages
 
 
 def _exact_spans(pieces: list[bytes | None], raw: bytes) -> _Spans | None:

@@ -139,4 +139,5 @@ class ReferenceStage(StoreStage):
 
 
 def _student_encoder(run: Run) -> Encoder:
-    return student_encoder(str(run.student_dir.resolve()), run.recipe.student.chat_template)
+    student = run.recipe.student
+    return student_encoder(str(run.student_dir.resolve()), student.chat_template, student.chat_template_date)

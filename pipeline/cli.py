@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import EXIT_FAULT, EXIT_RETRY, KavaError, RecipeError, StageError
+from ..errors import EXIT_FAULT, EXIT_RETRY, EXIT_USER, KavaError, RecipeError, StageError
+from ..terminal import escape_unprintable, file_name_fault
 from .cli_results import compare, evaluate, report
 from .cli_status import plan, status
 from .cli_store import (
@@ -300,6 +301,7 @@ def _main(
 
 def main() -> None:
     """The console script: runs the command and turns errors into one line and an exit code."""
+    escape_unprintable()
     try:
         with stopping_on_signals():
             app()
@@ -315,6 +317,10 @@ def main() -> None:
                 raise
         except KavaError as told:
             _fail(str(told), told.exit_code, error)
+    except UnicodeEncodeError as error:
+        if (fault := file_name_fault(error)) is None:
+            raise
+        _fail(fault, EXIT_USER, error)
 
 
 def _fail(message: str, code: int, error: BaseException) -> None:
@@ -359,6 +365,11 @@ def _run(
             if isinstance(stage, StoreStage):
                 repair_stage(stage, failed=True, scheduler=scheduler, say=say, share=share)
         return
+    if any(stage.name == "extract" for stage in stages):
+        from .template_checks import template_warnings
+
+        for warning in template_warnings(loaded):
+            err.print(f"kava: warning: {warning}", style="yellow", markup=False)
     _make(stages, force, scheduler, share)
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from ..errors import CorpusError
 from ..extract.generate import GenerateSettings, Question, prompt_ids, question_of, row_of
-from ..hub import load_tokenizer, stop_token_ids
+from ..hub import load_tokenizer
 from ..progress import progress
 from ..store import Lock, claimed
 from ..store.files import disk_errors, write_atomic
-from .misfits import check_teacher_tokenizer
 from .places import RECORD, read_record
 from .stage import Stage, Status
 from .teachers import open_writer
+from .tokenizer_checks import check_teacher_tokenizer
 
 
 class GenerateStage(Stage):
@@ -87,7 +87,7 @@ class GenerateStage(Stage):
     def _ask(self, name: str, questions: list[Question], chunks: list[range], settings: GenerateSettings) -> None:
         run, encoder = self.run, self.run.teacher_encoder(name)
         check_teacher_tokenizer(run, name, run.prompts)
-        tokenizer, stop_ids = load_tokenizer(run.teacher_source(name)), stop_token_ids(run.teacher_source(name))
+        tokenizer, stop_ids = load_tokenizer(run.teacher_source(name)), run.stop_ids(name)
         total = sum(len(chunk) for chunk in chunks)
         with open_writer(run, name) as writer, progress(self.label, total, "prompts") as advance:
             for chunk, lock in claimed(chunks, self._claim):

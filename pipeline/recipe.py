@@ -6,6 +6,7 @@ what is wrong into one line that names the key and the nearest valid one.
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import json
 import types
@@ -59,6 +60,9 @@ class TeacherSettings(_Section):
     engine: EngineSettings = EngineSettings()
     """How vLLM runs it, with `extract.backend: vllm`."""
     chat_template: bool = False
+    """Wrap the text in the tokenizer's chat template; the recipe's `chat_template` if left out."""
+    chat_template_date: datetime.date | None = None
+    """Date that the chat template prints as today's; the recipe's `chat_template_date` if left out."""
     trust_remote_code: bool = False
     geometry: KVGeometry | None = None
     """What the model's KV geometry is expected to be: checked when it is loaded, used for planning where it is not."""
@@ -220,6 +224,10 @@ class Recipe(_Section):
     store_dir: str | None = None
     """Where captures are kept, so that other recipes with the same teacher and corpus have them too."""
     corpus: CorpusSettings
+    chat_template: bool | None = None
+    """Whether teachers and student read the text in their chat templates; each may say otherwise. None for no."""
+    chat_template_date: datetime.date | None = None
+    """Date that chat templates print as today's. Templates that print one are refused without it."""
     samples_per_part: PositiveInt | None = None
     """Samples in one part of every store; None for about 1 GiB at most."""
     teachers: dict[str, TeacherSettings] = Field(min_length=1)
@@ -234,6 +242,22 @@ class Recipe(_Section):
     train: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}))
     compare: CompareSettings | None = None
     """Arms and seeds of kava compare."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_decision_on_templates(cls, raw: Any) -> Any:
+        """Hand the recipe's chat template settings to every model that has none of its own."""
+        if not isinstance(raw, dict):
+            return raw
+        shared = {k: raw[k] for k in ("chat_template", "chat_template_date") if raw.get(k) is not None}
+
+        def filled(model: Any) -> Any:
+            return {**shared, **model} if isinstance(model, dict) else model
+
+        teachers = raw.get("teachers")
+        if isinstance(teachers, dict):
+            teachers = {name: filled(teacher) for name, teacher in teachers.items()}
+        return raw | {k: v for k, v in (("teachers", teachers), ("student", filled(raw.get("student")))) if k in raw}
 
     @field_validator("teachers")
     @classmethod

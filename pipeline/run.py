@@ -24,6 +24,7 @@ from ..hub import (
     load_tokenizer,
     model_geometry,
     model_identity,
+    stop_token_ids,
     token_digests,
     weights_digest,
 )
@@ -103,7 +104,12 @@ class Run(Places):
                 "settings": self.generate_settings.model_dump(mode="json", exclude={"chunk", "teacher"}),
                 "prompts": self.prompts.digest,
                 "teacher": self.teacher_identity(name).model_dump(mode="json"),
-                "chat_template": self.teacher(name).chat_template,
+                "tokens": token_digests(
+                    self.teacher_source(name),
+                    chat_template=self.teacher(name).chat_template,
+                    date=self.teacher(name).chat_template_date,
+                ),
+                "stop_ids": self.stop_ids(name),
                 "quantization": self.teacher(name).engine.quantization,
             }
         )
@@ -171,7 +177,16 @@ class Run(Places):
 
     def teacher_encoder(self, name: str) -> Encoder:
         """A teacher's tokenizer, with its chat template if the recipe asks for it."""
-        return Encoder(load_tokenizer(self.teacher_source(name)), chat_template=self.teacher(name).chat_template)
+        settings = self.teacher(name)
+        return Encoder(
+            load_tokenizer(self.teacher_source(name)),
+            chat_template=settings.chat_template,
+            chat_template_date=settings.chat_template_date,
+        )
+
+    def stop_ids(self, name: str) -> list[int]:
+        """Ids that end what a teacher writes: those of the model, and the end of a turn in its chat template."""
+        return sorted({*stop_token_ids(self.teacher_source(name)), *self.teacher_encoder(name).stop_ids})
 
     def teacher_identity(self, name: str) -> ModelIdentity:
         """What determines a teacher's numbers."""
@@ -256,7 +271,7 @@ class Run(Places):
     def teacher_manifest(self, name: str) -> Manifest:
         """The manifest of a teacher's capture."""
         settings, source, extract = self.teacher(name), self.teacher_source(name), self.recipe.extract
-        tokens = token_digests(source, chat_template=settings.chat_template)
+        tokens = token_digests(source, chat_template=settings.chat_template, date=settings.chat_template_date)
         quantization = settings.engine.quantization
         geometry = self.teacher_geometry(name)
         return self._manifest(
@@ -404,7 +419,10 @@ class Run(Places):
         return view
 
     def _student_manifest(self, teacher: Manifest | None = None, **fields: Any) -> Manifest:
-        tokens = token_digests(self.student_source, chat_template=self.recipe.student.chat_template)
+        student = self.recipe.student
+        tokens = token_digests(
+            self.student_source, chat_template=student.chat_template, date=student.chat_template_date
+        )
         if teacher is not None:
             fields["extras"] = inherited_extras(teacher, *tokens)
         return self._manifest(tokenizer_digest=tokens[0], chat_template_digest=tokens[1], **fields)

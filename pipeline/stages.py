@@ -24,12 +24,14 @@ from ..train.settings import TrainSettings
 from .capture_stages import ExtractStage, ReferenceStage
 from .fuse.stage import fuse_stage
 from .generate_stage import GenerateStage
-from .misfits import check_student_tokenizer
 from .places import RECORD, read_record
 from .run import Run
 from .select.stage import SelectStage
 from .stage import Stage, Status
 from .store_stages import ProjectStage, ResampleStage
+from .template_checks import check_student_template
+from .tokenizer_checks import check_student_tokenizer
+from .transform import student_encoder
 
 if TYPE_CHECKING:
     from ..train.data import Targets
@@ -55,11 +57,24 @@ class StudentStage(Stage):
         """Makes model and tokenizer."""
         from ..train.student import make_student
 
+        check_student_template(self.run)
         check_student_tokenizer(self.run)
         texts = (self.run.corpus.records[i].text for i in self.run.corpus.split(Split.TRAIN))
         make_student(self.run.recipe.student, self.output, texts)
+        self._stop_at_the_end_of_a_turn()
         write_atomic(self.output / RECORD, json.dumps({"key": self.run.student_key}).encode())
         return f"{self.run.student_geometry}, {len(load_tokenizer(self.run.student_source))} tokens in the vocabulary"
+
+    def _stop_at_the_end_of_a_turn(self) -> None:
+        """Add the chat template's end of a turn to the tokens that end what the student writes, trained or not."""
+        student, path = self.run.recipe.student, self.output / "generation_config.json"
+        encoder = student_encoder(str(self.output.resolve()), student.chat_template, student.chat_template_date)
+        if not encoder.stop_ids:
+            return
+        config = json.loads(path.read_bytes()) if path.exists() else {}
+        known = config.get("eos_token_id")
+        ids = sorted({*(known if isinstance(known, list) else [known]), *encoder.stop_ids} - {None})
+        write_atomic(path, json.dumps(config | {"eos_token_id": ids}, indent=2).encode())
 
 
 class TrainStage(Stage):

@@ -18,11 +18,11 @@ from .cluster.share import format_parts
 from .direct import capture_targets
 from .maps.project import fit_projector
 from .maps.projector import Projector
-from .misfits import check_student_tokenizer
 from .parallel import run_parts
 from .run import Run
 from .stage import Stage, State, Status
 from .teachers import open_teacher
+from .tokenizer_checks import check_student_tokenizer
 from .transform import Transform, Unclaimed, calibration_pairs
 
 
@@ -368,6 +368,7 @@ def _transform(run: Run, parent: KVStore, out: Path, fingerprint: str, resampler
         corpus=run.corpus_settings,
         student=str(run.student_dir.resolve()),
         chat_template=run.recipe.student.chat_template,
+        chat_template_date=run.recipe.student.chat_template_date,
         resampler=resampler,
         across_segments=run.recipe.resample.across_segments,
         fingerprint=fingerprint,

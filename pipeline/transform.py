@@ -7,6 +7,7 @@ so that a part captured again makes exactly its own targets stale.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -49,6 +50,8 @@ class Transform:
     student: str
     """The folder with the student's tokenizer."""
     chat_template: bool
+    chat_template_date: datetime.date | None
+    """Date that the student's chat template prints as today's."""
     resampler: str | None
     """A name in `RESAMPLERS`; None where the parent is on the student's tokens already."""
     across_segments: bool
@@ -93,7 +96,7 @@ class Transform:
         corpus = _corpus(self.corpus, corpus_stamp(self.corpus))
         if parent.corpus_digest != corpus.digest:
             raise StageError(f"{self.parent} was made from another corpus than {self.corpus.label} holds now")
-        encoder = student_encoder(self.student, self.chat_template)
+        encoder = student_encoder(self.student, self.chat_template, self.chat_template_date)
         projector = None if self.projector is None else load_projector(self.projector)
         if projector is not None and projector.card.get("made_for") != self.fingerprint:
             raise StageError(f"{self.projector} was replaced by that of another run meanwhile; run one at a time")
@@ -240,7 +243,7 @@ def calibration_samples(
     not depend on which failed.
     """
     corpus = _corpus(transform.corpus, corpus_stamp(transform.corpus))
-    encoder = student_encoder(transform.student, transform.chat_template)
+    encoder = student_encoder(transform.student, transform.chat_template, transform.chat_template_date)
     failed = {*parent.failed, *(reference.failed if reference else ())}
     indices = parent.indices_of(sample_ids)
     for sample_id in sample_ids:
@@ -278,9 +281,15 @@ def calibration_pairs(
         yield (sample.keys[kept], sample.values[kept]), own
 
 
-def student_encoder(folder: str, chat_template: bool) -> Encoder:
-    """The student's encoder; its samples end with the end-of-sequence token."""
-    return _encoder(find_model(str(Path(folder).resolve())), chat_template)
+def student_encoder(folder: str, chat_template: bool, date: datetime.date | None = None) -> Encoder:
+    """Return the student's encoder; its samples end with the end of a turn or of the sequence.
+
+    Args:
+        folder: that holds the student's tokenizer.
+        chat_template: whether samples are wrapped in its chat template.
+        date: that the template prints as today's.
+    """
+    return _encoder(find_model(str(Path(folder).resolve())), chat_template, date)
 
 
 def load_projector(path: str) -> Projector:
@@ -302,8 +311,8 @@ def _corpus(settings: CorpusSettings, stamp: tuple[tuple[int, ...], ...]) -> Cor
 
 
 @cache
-def _encoder(source: ModelSource, chat_template: bool) -> Encoder:
-    return Encoder(load_tokenizer(source), chat_template=chat_template, add_eos=True)
+def _encoder(source: ModelSource, chat_template: bool, date: datetime.date | None) -> Encoder:
+    return Encoder(load_tokenizer(source), chat_template=chat_template, add_eos=True, chat_template_date=date)
 
 
 @cache

@@ -24,6 +24,9 @@ class Segment(IntEnum):
     PROMPT = 1
     RATIONALE = 2
     ANSWER = 3
+    TURN = 4
+    """Template tokens that an assistant writes itself: the end of its turn, and the marks around its reasoning. They
+    are predicted and have no target."""
 
 
 class Split(IntEnum):
@@ -33,7 +36,8 @@ class Split(IntEnum):
     HELDOUT = 1
 
 
-SEGMENTS: Final = {segment.name.lower(): segment for segment in Segment}
+SEGMENTS: Final = {segment.name.lower(): segment for segment in Segment if segment is not Segment.TURN}
+"""Segments by name that a recipe can name and that coverage is counted for."""
 SPLITS: Final = {split.name.lower(): split for split in Split}
 
 

@@ -24,7 +24,7 @@ from .open_parts import OpenParts
 from .part import PartLayout, part_name
 from .part_reader import PartReader
 from .part_writer import PartWriter, remove_leftovers
-from .sample import KVBatch, KVSample, Segment, Split, collate
+from .sample import SEGMENTS, KVBatch, KVSample, Split, collate
 from .table import header_bytes, read_header
 
 if TYPE_CHECKING:
@@ -393,7 +393,7 @@ class KVStore(Sequence[KVSample]):
         if not found:
             return {}
         totals = np.sum(found, axis=0).tolist()
-        return {s.name.lower(): tuple(totals[s]) for s in Segment if totals[s][0]}
+        return {name: tuple(totals[segment]) for name, segment in SEGMENTS.items() if totals[segment][0]}
 
     def verify(self) -> list[Damage]:
         """Checks every byte of every written part; an empty list means that all is as it was written."""

@@ -22,7 +22,7 @@ from .fingerprint import digest_json
 from .hashing import hash_bytes
 from .index import INDEX_FILE, MAX_INDEX_BYTES
 from .part import PartLayout, part_name
-from .sample import Segment
+from .sample import SEGMENTS
 
 _INSIDE: Final = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", re.ASCII)
 """Names of files below a folder that lead nowhere else."""
@@ -109,7 +109,7 @@ def read_table(root: Path, layout: PartLayout, index: int) -> dict[str, Any]:
     for field, good in (
         ("failed", all(_is_position(name, samples) for name in table["failed"])),
         ("num_rows", table["num_rows"] % layout.manifest.page_tokens == 0),
-        ("coverage", table.get("coverage") is None or len(table["coverage"]) == len(Segment)),
+        ("coverage", table.get("coverage") is None or len(table["coverage"]) == len(SEGMENTS)),
         ("files", all(_is_entry(*entry) for entry in table["files"].values())),
     ):
         if not good:

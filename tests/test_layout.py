@@ -25,9 +25,11 @@ ALLOWED = {
     "tokenizer": {"errors", "notices", "store", "gguf", "sources"},
     "hub": {"errors", "notices", "store", "tap", "checkpoint", "gguf", "sources", "tokenizer"},
     "progress": {"errors"},
-    "extract": {"errors", "answers", "notices", "store", "tap", "hub"},
-    "train": {"errors", "answers", "notices", "store", "tap", "hub"},
-    "pipeline": {"errors", "notices", "store", "tap", "hub", "progress", "extract", "train"},
+    "decoding": set(),
+    "terminal": set(),
+    "extract": {"errors", "answers", "decoding", "notices", "store", "tap", "hub"},
+    "train": {"errors", "answers", "decoding", "notices", "store", "tap", "hub"},
+    "pipeline": {"errors", "notices", "store", "tap", "hub", "progress", "terminal", "extract", "train"},
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,45 @@ def away(recipe: Path) -> Iterator[Any]:
 
 def _stages(recipe: Path) -> dict[str, dict[str, Any]]:
     return {row["stage"]: row for row in json.loads(kava("status", recipe, "--json"))["stages"]}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_every_character_can_be_printed_anywhere(recipe: Path, encoding: str) -> None:
+    """The corpus has accents and Japanese, and the tables have marks of their own."""
+    target = recipe.parent / "run/targets/big.zarr"
+    shown = {
+        "ascii": ("caf", "\\u00e9s", "_", "\\n", r"'\u2581'"),
+        "latin-1": ("caf", "\u00e9s", "_", "\\n", r"'\u2581'"),
+        "utf-8": ("caf", "\u00e9s", "\u2423", "\u23ce", "'\u2581'"),
+    }
+    *pieces, token = shown[encoding]
+    aligned = kava("inspect", target, "--align", 3, encoding=encoding)
+    assert all(piece in aligned for piece in pieces)
+    teacher, student = (
+        next(line for line in aligned.splitlines() if line.startswith(n)) for n in ("teacher", "student")
+    )
+    assert len(teacher) == len(student)
+    sample = kava("inspect", target, "--sample", 3, encoding=encoding)
+    assert token in sample
+    assert len({line.index("prompt") for line in sample.splitlines() if " prompt " in line}) == 1
+    assert json.loads(kava("inspect", target, "--json", encoding=encoding))["facts"]["failed"] == 0
+    kava("status", recipe, encoding=encoding)
+    fault = kava("plan", recipe.parent / "caf\u00e9 \u6771 \U0001f642 \udcff.yaml", code=2, encoding=encoding)
+    names = {
+        "ascii": r"caf\u00e9 \u6771 \ud83d\ude42 \udcff.yaml",
+        "latin-1": "caf\u00e9 " + r"\u6771 \ud83d\ude42 \udcff.yaml",
+        "utf-8": "caf\u00e9 \u6771 \U0001f642 " + r"\udcff.yaml",
+    }
+    assert names[encoding] in fault.replace("\n", " ")
+
+
+def test_a_file_name_that_the_locale_cannot_encode(recipe: Path) -> None:
+    env = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    env.pop("PYTHONIOENCODING", None)
+    run_dir = "run_dir=" + json.dumps(str(recipe.parent / "caf\u00e9"))
+    printed = kava("run", recipe, "--only", "student", "-s", run_dir, code=2, env=env)
+    assert r"caf\xe9" in printed or r"caf\u00e9" in printed
+    assert "Set PYTHONUTF8=1" in printed
 
 
 def test_without_the_teacher(recipe: Path, away: Any) -> None:

@@ -1,8 +1,8 @@
 """Questions answered: greedy continuations of held-out prompts, and how often their number is the right one.
 
-A prompt is what stands before the first token of rationale or answer, token for token as in training; the right answer
-is the number that the sample's own answer ends in. Several prompts are continued at once, padded on the left: padding
-is not seen and not counted in positions, so that each continuation is that of its prompt alone.
+A prompt is what stands before the first token that the model writes itself, token for token as in training; the right
+answer is the number that the sample's own answer ends in. Several prompts are continued at once, padded on the left:
+padding is not seen and not counted in positions, so that each continuation is that of its prompt alone.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from ..answers import final_number, same_number
+from ..decoding import continue_prompts
 from ..errors import StageError
 from ..store import KVSample, Segment, Split
 
@@ -93,7 +93,7 @@ def questions_of(store: Targets, tokenizer: Any, limit: int | None = None) -> li
 
 def question_of(sample: KVSample, tokenizer: Any) -> Question | None:
     """The question in a sample; None if it has no prompt, or no number in its answer."""
-    written = np.isin(sample.segments, [int(Segment.RATIONALE), int(Segment.ANSWER)])
+    written = np.isin(sample.segments, [int(Segment.RATIONALE), int(Segment.ANSWER), int(Segment.TURN)])
     start = int(written.argmax()) if written.any() else 0
     if not (sample.segments[:start] == int(Segment.PROMPT)).any():
         return None
@@ -113,7 +113,7 @@ def answer(
     batch_size: int = 16,
     on_answer: Callable[[int], None] = lambda count: None,
 ) -> ExactMatch:
-    """Continues every prompt greedily, and compares numbers: that after the first `####`, or else the last one.
+    """Continues every prompt greedily, and compares numbers: that after the first mark, or else the last one.
 
     Args:
         model: the student.
@@ -129,54 +129,10 @@ def answer(
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         prompts = [questions[number].prompt for number in batch]
-        continued = continue_greedily(model, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens)
+        continued = continue_prompts(model, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens)
         for number, ids in zip(batch, continued, strict=True):
             question, written = questions[number], tokenizer.decode(ids)
             right = same_number(written, question.answer, first_mark=True)
             found[number] = Answer(question.sample_id, written, question.answer, right)
         on_answer(len(batch))
     return ExactMatch([found[number] for number in range(len(questions))])
-
-
-def continue_greedily(
-    model: Any, prompts: Sequence[Sequence[int]], *, stop_ids: Sequence[int], max_new_tokens: int
-) -> list[list[int]]:
-    """The likeliest token after each prompt, and after that, until a stop token, which is left out.
-
-    Args:
-        model: in evaluation mode, or put there for the while.
-        prompts: token ids, of any lengths; at least one token each.
-        stop_ids: tokens that end a continuation.
-        max_new_tokens: of each continuation.
-    """
-    from transformers import GenerationConfig
-
-    device, longest = next(model.parameters()).device, max(map(len, prompts))
-    pad = int(stop_ids[0]) if stop_ids else 0
-    ids = torch.full((len(prompts), longest), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    # The model's own generation config may sample, or punish repetition; here is only one way.
-    how = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-        eos_token_id=list(stop_ids) or None,
-    )
-    training, own = model.training, model.generation_config
-    model.eval()
-    try:
-        model.generation_config = how
-        with torch.no_grad():
-            made = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=how)
-    finally:
-        model.generation_config = own
-        model.train(training)
-    return [_until_stop(row, set(stop_ids)) for row in made[:, longest:].tolist()]
-
-
-def _until_stop(ids: list[int], stop_ids: set[int]) -> list[int]:
-    return ids[: next((place for place, token in enumerate(ids) if token in stop_ids), len(ids))]

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..errors import KavaError
-from ..store import LOGITS, SEGMENTS, KVGeometry, KVSample, KVStore, Manifest, Split
+from ..store import LOGITS, SEGMENTS, KVGeometry, KVSample, KVStore, Manifest, Segment, Split
 from ..store.dtypes import dtype_of
 
 S = TypeVar("S")
@@ -200,11 +200,14 @@ class TargetCollator:
 
     def _predicted(self, sample: KVSample) -> np.ndarray[Any, Any]:
         """`[t]`: which tokens are predicted."""
-        wanted = np.isin(sample.segments, [int(SEGMENTS[name]) for name in self.ce_segments])
-        # The end of the sequence is no text, but must be learned.
-        if len(sample) and sample.segments[-1] == int(SEGMENTS["none"]):
-            wanted[-1] = True
-        return wanted
+        chosen = [int(SEGMENTS[name]) for name in self.ce_segments]
+        predicted = np.isin(sample.segments, [*chosen, int(Segment.TURN)])
+        # Without a chat template the end of the sequence is the last token, directly after the text. Behind the end of
+        # a template's turn there may be a line break, which a model that has ended its turn never writes.
+        none = int(Segment.NONE)
+        if len(sample) and sample.segments[-1] == none and (len(sample) == 1 or sample.segments[-2] != none):
+            predicted[-1] = not (sample.segments == int(Segment.TURN)).any()
+        return predicted
 
 
 def places(rows: Sequence[Sequence[S]], tokens: Callable[[S], int]) -> Iterable[tuple[int, int, int, S]]:

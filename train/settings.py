@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any, Final, Literal
 
 from pydantic import (
@@ -75,7 +76,9 @@ class StudentSettings(_Settings):
     geometry: KVGeometry | None = None
     """What the KV geometry is expected to be: checked when the student is made, used for planning where it is not."""
     chat_template: bool = False
-    """Wrap samples in the student's chat template."""
+    """Wrap samples in the student's chat template; the recipe's `chat_template` if left out."""
+    chat_template_date: datetime.date | None = None
+    """Date that the chat template prints as today's; the recipe's `chat_template_date` if left out."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """dtype of the weights."""
     seed: int = 0
@@ -95,7 +98,7 @@ class StudentSettings(_Settings):
     def determining(self) -> dict[str, Any]:
         """What the untrained student depends on, for JSON; defaults too, so that another one is another student."""
         of_weights = {"seed"} if self.model is not None else {"revision"}
-        return self.model_dump(mode="json", exclude={"geometry", *of_weights})
+        return self.model_dump(mode="json", exclude={"geometry", "chat_template_date", *of_weights})
 
 
 class AlphaSchedule(_Settings):

@@ -1,16 +1,21 @@
-"""Where vLLM computes other numbers than transformers: refused by name before the engine starts, or kept out of reach.
+"""What vLLM is given, so that it computes and samples what transformers does.
 
-The worker compares the rotary table of the running engine with that of transformers besides.
+Models and prompts for which it computes other numbers are refused by name before the engine starts. The worker also
+compares the rotary table of the running engine with that of transformers.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from ...errors import RecipeError, UnsupportedModelError
-from ..rope import rope_parameters
+from ..rope import max_positions, rope_parameters
 from .settings import EngineSettings
+
+if TYPE_CHECKING:
+    from ..generate import GenerateSettings
 
 
 def max_prompt(config: Any, settings: EngineSettings) -> int:
@@ -27,7 +32,32 @@ def max_prompt(config: Any, settings: EngineSettings) -> int:
             f"engine.max_model_len: {settings.max_model_len} is too many for {config.model_type}: {reason}; set it to "
             f"{limit} or less, or use extract.backend: hf"
         )
-    return int(min(config.max_position_embeddings, settings.max_model_len or math.inf, limit))
+    return int(min(max_positions(config), settings.max_model_len or math.inf, limit))
+
+
+def sampling_parameters(settings: GenerateSettings, number: int, stop_ids: Sequence[int]) -> dict[str, Any]:
+    """Return all arguments of `SamplingParams` that decide on the text of a prompt; none is left to a default.
+
+    Args:
+        settings: the recipe's.
+        number: place of the prompt in the corpus.
+        stop_ids: tokens that end the text.
+    """
+    return {
+        "n": 1,
+        "max_tokens": settings.max_new_tokens,
+        "min_tokens": 0,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k,
+        "min_p": 0.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "seed": settings.seed + number,
+        "stop_token_ids": list(stop_ids),
+        "detokenize": False,
+    }
 
 
 def _refuse(config: Any) -> None:

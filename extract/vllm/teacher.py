@@ -24,7 +24,7 @@ from ..teacher import Captured
 from ..tokens import Tokens
 from .compat import forget_shared_memory, installed_version
 from .handover import Inbox
-from .limits import max_prompt
+from .limits import max_prompt, sampling_parameters
 from .settings import EngineSettings
 
 if TYPE_CHECKING:
@@ -249,6 +249,7 @@ class VLLMTeacher:
             "enable_prefix_caching": prefix_caching,
             "enforce_eager": settings.enforce_eager,
             "seed": 0,
+            "generation_config": "vllm",  # Not the checkpoint's: the recipe says how to sample.
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
         }
@@ -292,17 +293,7 @@ class VLLMTeacher:
     ) -> list[list[int]]:
         from vllm import SamplingParams
 
-        parameters = [
-            SamplingParams(
-                max_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                seed=settings.seed + number,
-                stop_token_ids=list(stop_ids),
-                detokenize=False,
-            )
-            for number in numbers
-        ]
+        parameters = [SamplingParams(**sampling_parameters(settings, number, stop_ids)) for number in numbers]
         asked = [{"prompt_token_ids": ids} for ids in prompts]
         found = [o.outputs[0].token_ids for o in self._llm.generate(asked, parameters, use_tqdm=False)]
         return [list(ids[:-1] if ids and ids[-1] in stop_ids else ids) for ids in found]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from rich.text import Text
 
 from ...errors import StoreError, StoreNotFoundError
 from ...store import KVSample, KVStore
+from ...terminal import printable
 from ..maps.resample import TimeMap, coverage, time_map
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from ..run import Run
 
 _COLOURS: Final = ("cyan", "yellow", "green", "magenta", "blue", "bright_cyan", "bright_yellow", "bright_green")
+_MARKS: Final = {" ": ("␣", "_"), "\n": ("⏎", "\\n"), "\t": ("⇥", "\\t")}
+"""White space, as it is shown: on terminals that can print it, and on others."""
 _LABELS: Final = ("teacher ", "student ")
 
 
@@ -55,7 +58,9 @@ def print_alignment(store: KVStore, index: int, run: Run | None, out: Console) -
         for label, row in zip(_LABELS, rows, strict=True):
             out.print(Text(label, style="dim").append_text(row))
         out.print()
-    out.print(Text("struck out: no target", style="red strike") + Text("; ␣ space, ⏎ line end", style="dim"))
+    marks = {_mark(character): name for character, name in ((" ", "space"), ("\n", "line end"))}
+    legend = ", ".join(f"{mark} {name}" for mark, name in marks.items())
+    out.print(Text("struck out: no target", style="red strike") + Text(f"; {legend}", style="dim"))
 
 
 def _source(store: KVStore, index: int, run: Run, record: Record) -> KVSample | Tokens:
@@ -111,8 +116,14 @@ def _lines(groups: Iterator[tuple[Text, Text]], width: int) -> Iterator[tuple[Te
         yield rows
 
 
-def _shown(piece: bytes) -> Any:
+def _shown(piece: bytes) -> str:
     try:
-        return piece.decode().replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+        return printable("".join(map(_mark, piece.decode())))
     except UnicodeDecodeError:
         return f"<{piece.hex()}>"
+
+
+def _mark(character: str) -> str:
+    """White space as a visible character that the terminal can print."""
+    mark, plain = _MARKS.get(character, (character, character))
+    return mark if printable(mark) == mark else plain

@@ -168,7 +168,7 @@ def evaluate_student(
                 model,
                 tokenizer,
                 questions,
-                stop_ids=stop_token_ids(source),
+                stop_ids=sorted({*stop_token_ids(source), *_encoder(student.run, tokenizer).stop_ids}),
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
                 on_answer=advance,
@@ -213,5 +213,14 @@ def _samples(run: Run, tokenizer: Any) -> tuple[Any, bool]:
     targets = run.open_target(run.train_teacher)
     if tokenizer_digest(tokenizer) == targets.manifest.tokenizer_digest:
         return targets, True
-    encoder = Encoder(tokenizer, chat_template=run.recipe.student.chat_template, add_eos=True)
-    return CorpusSamples(run, encoder), False
+    return CorpusSamples(run, _encoder(run, tokenizer)), False
+
+
+def _encoder(run: Run, tokenizer: Any) -> Encoder:
+    student = run.recipe.student
+    return Encoder(
+        tokenizer,
+        chat_template=student.chat_template,
+        add_eos=True,
+        chat_template_date=student.chat_template_date,
+    )

@@ -14,6 +14,7 @@ from rich.table import Table
 from ...errors import StoreError
 from ...extract.signals import CONFIDENCE
 from ...store import KVSample, KVStore, Segment, Split
+from ...terminal import printable
 from .align import print_alignment
 
 if TYPE_CHECKING:
@@ -60,7 +61,9 @@ def _facts(store: KVStore) -> dict[str, Any]:
         "tokens": int(real.sum()),
         "tokens_with_target": target_tokens,
         "tokens_per_sample": [int(real.min()), int(np.median(real)), int(real.max())] if len(real) else [],
-        "tokens_by_segment": {s.name.lower(): int(segments[s]) for s in Segment if s},
+        "tokens_by_segment": {
+            s.name.lower(): int(segments[s]) for s in Segment if s and (segments[s] or s is not Segment.TURN)
+        },
         "coverage": store.coverage(),
         "bytes_per_token": store.geometry.bytes_per_token(store.dtype.itemsize),
         "bytes_on_disk": disk,
@@ -173,9 +176,11 @@ def _print_sample(store: KVStore, index: int, run: Run | None, out: Console) -> 
         table.add_row(
             str(row),
             str(sample.input_ids[row]),
-            escape(token),
+            escape(printable(token)),
             f"{start}-{stop}" if stop > start else "",
-            "" if text is None or stop == start else escape(repr(text[start:stop].decode("utf-8", "replace"))),
+            ""
+            if text is None or stop == start
+            else escape(printable(repr(text[start:stop].decode("utf-8", "replace")))),
             Segment(int(sample.segments[row])).name.lower(),
             "yes" if sample.mask[row] else "no",
             f"{keys[row]:.2f}",

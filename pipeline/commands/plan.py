@@ -24,6 +24,7 @@ from ..plan.show import size_tables
 from ..run import Run
 from ..segments import segment_warnings
 from ..stages import stages_of
+from ..template_checks import template_warnings
 
 QUICK: Final = 200
 """Samples whose tokens a dry run counts."""
@@ -56,7 +57,7 @@ def print_plan(plan: Plan, chosen: list[str], out: Console) -> None:
                 problems.append(f"{name}: {error}")
     if plan.corpus is not None:
         with suppress(KavaError):  # Not written yet.
-            problems += segment_warnings(run)
+            problems += segment_warnings(run) + template_warnings(run)
         size = sum(plan.corpus.text_bytes)
         out.print(f"corpus              {len(plan.corpus)} samples, {size / 1e6:.1f} MB of text")
         for note in plan.corpus.notes:

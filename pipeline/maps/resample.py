@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ...errors import AlignmentError
-from ...store import Segment
+from ...store import SEGMENTS, Segment
 
 if TYPE_CHECKING:
     import torch
@@ -153,7 +153,7 @@ def time_map(
     resample = RESAMPLERS[method]
     if across_segments:
         return resample(source.spans, target.spans)
-    kinds = [kind for kind in Segment if kind != Segment.NONE and (target.segments == kind).any()]
+    kinds = [kind for kind in SEGMENTS.values() if kind != Segment.NONE and (target.segments == kind).any()]
     maps = [resample(_only(source, kind), _only(target, kind)) for kind in kinds]
     rows, columns, weights = (
         np.concatenate([getattr(m, name) for m in maps] or [np.zeros(0, dtype)])
@@ -171,7 +171,7 @@ def coverage(time: TimeMap, source: KVSample | Tokens, target: KVSample | Tokens
     text = target.spans[:, 1] > target.spans[:, 0]
     together = np.isin(target.spans[:, 1], source.spans[_content(source.spans), 1])
     counts = [text, text & time.mask, text & together]
-    return np.stack([np.bincount(target.segments[c], minlength=len(Segment)) for c in counts], axis=1)
+    return np.stack([np.bincount(target.segments[c], minlength=len(SEGMENTS)) for c in counts], axis=1)
 
 
 def linear_weights(num_source: int, num_target: int) -> tuple[Array, Array, Array]:

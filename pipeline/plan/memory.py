@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from ...errors import RecipeError
-from ...extract.rope import rope_parameters
+from ...extract.rope import max_positions
 from ...hub import count_parameters, load_config
 from ...store.dtypes import dtype_of
 from ..run import Run
@@ -81,8 +81,7 @@ def context_length(run: Run, name: str) -> int:
     settings, config = run.teacher(name), load_config(run.teacher_source(name))
     if run.recipe.extract.backend == "vllm" and settings.engine.max_model_len is not None:
         return settings.engine.max_model_len
-    factors = [p["factor"] for p in rope_parameters(config) if p.get("rope_type") == "dynamic"]
-    return int(config.max_position_embeddings * min(factors, default=1))
+    return max_positions(config)
 
 
 def _device(asked: str, key: str) -> tuple[str, int | None]:

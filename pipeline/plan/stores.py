@@ -81,7 +81,12 @@ class Counts:
             tokenizer = load_tokenizer(self.run.student_source)
         else:
             tokenizer = student_tokenizer(settings, self.student_texts())
-        return Encoder(tokenizer, chat_template=settings.chat_template, add_eos=True)
+        return Encoder(
+            tokenizer,
+            chat_template=settings.chat_template,
+            add_eos=True,
+            chat_template_date=settings.chat_template_date,
+        )
 
 
 def planned_stores(
@@ -186,8 +191,10 @@ def _inherited(run: Run, name: str, capture: Manifest) -> dict[str, ExtraArray]:
     same = None
     if run.recipe.extract.logits is not None:
         try:
-            teacher = token_digests(run.teacher_source(name), chat_template=run.teacher(name).chat_template)
-            student = token_digests(run.student_source, chat_template=run.recipe.student.chat_template)
+            sources = ((run.teacher(name), run.teacher_source(name)), (run.recipe.student, run.student_source))
+            teacher, student = (
+                token_digests(source, chat_template=s.chat_template, date=s.chat_template_date) for s, source in sources
+            )
             same = teacher == student
         except KavaError:  # Not made yet: at most this.
             same = True

@@ -5,6 +5,7 @@ Every failure to find or read one becomes a `ModelNotFoundError` of one line.
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -273,10 +274,18 @@ def weights_digest(folder: Path, gguf_file: str | None = None) -> str:
     return digest_json([[p.name, digest_file(p)] for p in files])
 
 
-def token_digests(source: ModelSource, *, chat_template: bool) -> tuple[str, str | None]:
-    """What determines the tokens of a text: digests of the tokenizer and, where it is used, of its chat template."""
+def token_digests(
+    source: ModelSource, *, chat_template: bool, date: datetime.date | None = None
+) -> tuple[str, str | None]:
+    """Digests that determine the tokens of a text: of the tokenizer and, where it is used, of its chat template.
+
+    Args:
+        source: the model or tokenizer.
+        chat_template: whether the text is wrapped in the tokenizer's chat template.
+        date: that the template prints as today's.
+    """
     tokenizer = load_tokenizer(source)
-    return tokenizer_digest(tokenizer), chat_template_digest(tokenizer) if chat_template else None
+    return tokenizer_digest(tokenizer), chat_template_digest(tokenizer, date) if chat_template else None
 
 
 def _densified(model: Any) -> Any:

@@ -16,7 +16,7 @@ _EVERY_SECONDS = 60.0
 @contextmanager
 def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Yields a function that is told how many more units are done; callable from any thread."""
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)  # Named, so that a bar is drawn with characters that it can print.
     if console.is_terminal:
         columns = (TextColumn(f"{label:<10}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:

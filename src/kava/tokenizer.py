@@ -6,6 +6,7 @@ ids are therefore compared with those that the library tokenizers reads from the
 
 from __future__ import annotations
 
+import datetime
 import json
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,8 @@ _TOKENIZERS: Final = (
     "tekken.json",
 )
 """Files of which a folder with a tokenizer has at least one."""
+_RENDERING_VERSION: Final = 2
+"""Changes whenever the same template gives other tokens or segments than before."""
 _PROBES: Final = (
     "Natalia sold 48/2 = 24 clips in May; it's $12.50.\n\n  Two  spaces,\ta tab. DON'T\u2019S",
     " Él compró 3 cafés; 東京 naïve cafe\u0301 \U0001f469\u200d\U0001f469\u200d\U0001f467 über 99\u00a0%.\r\n",
@@ -111,6 +114,19 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return digest_json({k: v for k, v in state.items() if k not in ("truncation", "padding")})
 
 
-def chat_template_digest(tokenizer: Any) -> str:
-    """Digest of the tokenizer's chat template."""
-    return digest_json(tokenizer.chat_template)
+def chat_template_digest(tokenizer: Any, date: datetime.date | None = None) -> str:
+    """Digest of all that determines how messages are rendered.
+
+    Args:
+        tokenizer: with its chat template and the special tokens that the template may print.
+        date: that the template prints as today's; it counts only if the template may print one.
+    """
+    template = tokenizer.chat_template
+    dated = any(name in json.dumps(template) for name in ("strftime_now", "date_string"))
+    content = {
+        "template": template,
+        "special_tokens": tokenizer.special_tokens_map,
+        "date": str(date) if dated and date is not None else None,
+        "version": _RENDERING_VERSION,
+    }
+    return digest_json(json.loads(json.dumps(content, default=str)))

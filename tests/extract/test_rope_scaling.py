@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fixtures.models import UNROTATED, tiny_config, tiny_model
+from fixtures.models import UNROTATED, save_model, tiny_config, tiny_model
+from fixtures.tokenizers import byte_level_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
@@ -17,8 +19,10 @@ from kava.errors import AlignmentError, UnsupportedModelError
 from kava.extract import Tokens
 from kava.extract.generate import GenerateSettings
 from kava.extract.hf import HFTeacher
-from kava.extract.rope import RotaryTable, frequency_class, rotary_tables, unrotate_cache
-from kava.hub import config_geometry
+from kava.extract.rope import RotaryTable, frequency_class, max_positions, rotary_tables, unrotate_cache
+from kava.extract.vllm.limits import max_prompt
+from kava.extract.vllm.settings import EngineSettings
+from kava.hub import config_geometry, find_model, load_config
 from kava.tap import KVTap, decoder
 
 THETA = {"rope_theta": 10000.0}
@@ -292,6 +296,32 @@ def test_passes_of_equal_class_rotate_alike() -> None:
 def test_dynamic_scaling_reads_further_than_the_original_length() -> None:
     assert HFTeacher(_model("dynamic")).max_tokens == 128
     assert HFTeacher(_model("longrope")).max_tokens == 256
+
+
+@pytest.mark.parametrize(
+    ("rope_scaling", "stated", "limit"),
+    [
+        ({"factor": 4.0, "original_max_position_embeddings": 64, "type": "yarn"}, 64, 256),
+        ({"factor": 4.0, "original_max_position_embeddings": 64, "rope_type": "yarn"}, 80, 256),
+        ({"factor": 2.5, "original_max_position_embeddings": 64, "rope_type": "yarn"}, 160, 160),
+        ({"factor": 4.0, "rope_type": "yarn"}, 64, 256),
+        ({"factor": 8.0, "rope_type": "linear"}, 64, 64),
+        (None, 64, 64),
+    ],
+    ids=["qwen2.5's card", "qwen3's card", "deepseek", "no original length", "linear", "plain"],
+)
+def test_yarn_reads_factor_times_the_original_length(
+    tmp_path: Path, rope_scaling: dict[str, Any] | None, stated: int, limit: int
+) -> None:
+    folder = save_model(tmp_path / "model", "qwen2", byte_level_tokenizer(400), max_position_embeddings=stated)
+    config = json.loads((folder / "config.json").read_text())
+    theta = config.pop("rope_parameters")["rope_theta"]
+    config |= {"rope_theta": theta, "rope_scaling": rope_scaling}
+    (folder / "config.json").write_text(json.dumps(config))
+    source = find_model(str(folder))
+    assert max_positions(load_config(source)) == limit
+    assert max_prompt(load_config(source), EngineSettings()) == limit
+    assert HFTeacher.load(source, dtype="float32", device="cpu").max_tokens == limit
 
 
 def test_tables_of_two_sources_are_told_apart() -> None:

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import pytest
 from fixtures.tokenizers import byte_level_tokenizer, gpt2_tokenizer, qwen_tokenizer, sentencepiece_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kava.errors import CorpusError
 from kava.extract import Encoder, Record
 from kava.store import Segment
 
@@ -126,15 +124,3 @@ def test_chat_templates_have_empty_spans_around_exact_ones(name: str, prompt: st
             add_special_tokens=False,
         )["input_ids"]
     )
-
-
-class _Shouting:
-    """A tokenizer whose template changes the messages' text."""
-
-    def apply_chat_template(self, messages: Any, tokenize: bool) -> str:
-        return "".join(m["content"].upper() for m in messages)
-
-
-def test_a_template_that_changes_the_text_is_refused() -> None:
-    with pytest.raises(CorpusError, match="changes the text of a message"):
-        Encoder(_Shouting(), chat_template=True).encode(_record("how"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Any, get_args
 
@@ -76,6 +77,22 @@ def test_mistakes_are_one_line_with_the_mend(tmp_path: Path, overrides: list[str
     with pytest.raises(RecipeError, match=message) as error:
         load_recipe(_write(tmp_path / "r.yaml"), overrides)
     assert "\n" not in str(error.value)
+
+
+def test_chat_templates_are_one_decision(tmp_path: Path) -> None:
+    dated = load_recipe(
+        _write(tmp_path / "r.yaml"),
+        ["chat_template=true", "chat_template_date=2025-01-02", "student.chat_template=false"],
+    )
+    (teacher,) = dated.teachers.values()
+    assert (teacher.chat_template, dated.student.chat_template) == (True, False)
+    assert teacher.chat_template_date == dated.student.chat_template_date == datetime.date(2025, 1, 2)
+    saved = tmp_path / "saved.yaml"
+    dated.save(saved)
+    assert load_recipe(saved) == dated
+    plain = load_recipe(_write(tmp_path / "r.yaml"))
+    assert not plain.student.chat_template
+    assert plain.student.determining() == dated.student.determining()
 
 
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:

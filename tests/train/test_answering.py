@@ -7,47 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from fixtures.models import tiny_model
+from fixtures.models import by_hand, tiny_model
 from fixtures.stores import sample
 from fixtures.tokenizers import byte_level_tokenizer
 
 from kava.store import KVSample, Segment
-from kava.train.answering import Answer, ExactMatch, Question, answer, continue_greedily, question_of
+from kava.train.answering import Answer, ExactMatch, Question, answer, question_of
 
 PROMPTS = [[5, 6, 7], [9], [20, 21, 22, 23, 24, 25, 26, 27, 28], [31, 5], [8, 8, 8, 8]]
-
-
-def by_hand(model: Any, prompt: list[int], stop_ids: list[int], count: int) -> list[int]:
-    """The likeliest token again and again, the whole sequence read anew each time, without a cache."""
-    ids = list(prompt)
-    for _ in range(count):
-        with torch.no_grad():
-            best = int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
-        if best in stop_ids:
-            break
-        ids.append(best)
-    return ids[len(prompt) :]
-
-
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "phi3"])
-def test_prompts_padded_on_the_left_are_continued_as_alone(model_type: str) -> None:
-    model = tiny_model(model_type, vocab=400).double()
-    free = [by_hand(model, prompt, [], 12) for prompt in PROMPTS]
-    stop_ids = [free[0][4], 3]
-    wanted = [by_hand(model, prompt, stop_ids, 12) for prompt in PROMPTS]
-    assert continue_greedily(model, PROMPTS, stop_ids=stop_ids, max_new_tokens=12) == wanted
-    assert continue_greedily(model, PROMPTS[2:3], stop_ids=stop_ids, max_new_tokens=12) == wanted[2:3]
-
-
-def test_the_models_own_way_of_generating_does_not_matter() -> None:
-    model = tiny_model("llama", vocab=400).double()
-    wanted = continue_greedily(model, PROMPTS, stop_ids=[3], max_new_tokens=8)
-    model.generation_config.update(do_sample=True, temperature=3.0, repetition_penalty=2.0, max_new_tokens=1)
-    model.train()
-    assert continue_greedily(model, PROMPTS, stop_ids=[3], max_new_tokens=8) == wanted
-    assert model.training
-    assert model.generation_config.repetition_penalty == 2.0
 
 
 def texts(tokenizer: Any, prompt: str, rationale: str, answered: str) -> KVSample:

@@ -1,0 +1,89 @@
+"""Chat templates of a run, rendered before anything is computed."""
+
+from __future__ import annotations
+
+import datetime
+from contextlib import suppress
+
+from ..errors import CorpusError, ModelNotFoundError, RecipeError
+from ..extract.chat import ChatTemplate
+from ..hub import ModelSource, find_model, load_tokenizer
+from ..train.settings import ByteLevelBPE
+from .run import Run
+
+
+def template_warnings(run: Run) -> list[str]:
+    """Describe chat template settings that are probably not meant, in one line each."""
+    recipe = run.recipe
+    models = {f"teachers.{name}": teacher.chat_template for name, teacher in recipe.teachers.items()}
+    models["student"] = recipe.student.chat_template
+    with_one = [name for name, used in models.items() if used]
+    without = [name for name, used in models.items() if not used]
+    if with_one and without:
+        return [
+            f"chat_template: {', '.join(with_one)} read the corpus in a chat template, {', '.join(without)} as plain "
+            "text. Set chat_template once, at the top of the recipe, unless that is meant"
+        ]
+    if without and run.prompts.num_chats:
+        return [
+            f"chat_template: the records of corpus {recipe.corpus.label} are chats, and every model reads them as "
+            "plain text without roles. Set chat_template: true at the top of the recipe, or false to confirm"
+        ] * (recipe.chat_template is None)
+    return []
+
+
+def refuse_templates(run: Run, name: str) -> None:
+    """Refuse chat templates that cannot be rendered, or not to the same text every day.
+
+    Args:
+        run: the run.
+        name: the teacher; the student's template is checked too.
+
+    Raises:
+        CorpusError: if a template cannot be rendered.
+        RecipeError: if it needs a date.
+    """
+    teacher = run.teacher(name)
+    if teacher.chat_template:
+        _check_template(f"teachers.{name}", run.teacher_source(name), teacher.chat_template_date)
+    # The student may be on another machine.
+    with suppress(ModelNotFoundError):
+        check_student_template(run)
+
+
+def check_student_template(run: Run) -> None:
+    """Refuse a student's chat template that cannot be rendered, or not to the same text every day.
+
+    Raises:
+        CorpusError: if there is no template, or it cannot render a question and an answer.
+        RecipeError: if it prints today's date and none is set, or the tokenizer is one that is trained here.
+        ModelNotFoundError: if its tokenizer cannot be loaded.
+    """
+    student = run.recipe.student
+    if not student.chat_template:
+        return
+    if isinstance(student.tokenizer, ByteLevelBPE):
+        raise RecipeError(
+            "student.chat_template: a tokenizer that is trained on the corpus has no chat template. Set "
+            "student.chat_template: false, or name a tokenizer that has one"
+        )
+    _check_template("student", student_tokenizer_source(run), student.chat_template_date)
+
+
+def _check_template(key: str, source: ModelSource, date: datetime.date | None) -> None:
+    try:
+        ChatTemplate(load_tokenizer(source), date).check()
+    except (CorpusError, RecipeError) as error:
+        raise type(error)(f"{key}: {error}") from None
+
+
+def student_tokenizer_source(run: Run) -> ModelSource:
+    """Return where the student's tokenizer is.
+
+    Raises:
+        ModelNotFoundError: if it is a local name that does not exist.
+    """
+    student = run.recipe.student
+    if isinstance(student.tokenizer, str):
+        return find_model(student.tokenizer, trust_remote_code=student.trust_remote_code)
+    return find_model(str(student.model), revision=student.revision, trust_remote_code=student.trust_remote_code)
