@@ -123,8 +123,8 @@ def unread_keys(messages: Sequence[dict[str, Any]]) -> set[str]:
     return {str(key) for message in messages for key in message.keys() - MESSAGE_KEYS}
 
 
-def messagemessage_texts(message: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """Yield the strings of a message that belong to the canonical text, each with the keys that lead to it, in order."""
+def message_texts(message: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Yield the strings of a message that belong to the canonical text, with the keys that lead to each, in order."""
     for key in (*REASONING, "content"):
         value = message.get(key)
         if isinstance(value, str):
