@@ -30,6 +30,7 @@ from ..extract.generate import GenerateSettings
 from ..extract.vllm.settings import EngineSettings
 from ..store import CODECS, LOSSY, KVGeometry
 from ..store.files import write_atomic
+from ..store.manifest import MAX_PART_SAMPLES
 from ..train.arms import CompareSettings
 from ..train.settings import ByteLevelBPE, StudentSettings, TrainSettings
 from .fuse.rules import RULES, Weighting
@@ -218,7 +219,7 @@ class Recipe(_Section):
     store_dir: str | None = None
     """Where captures are kept, so that other recipes with the same teacher and corpus have them too."""
     corpus: CorpusSettings
-    samples_per_part: PositiveInt | None = None
+    samples_per_part: Annotated[int, Field(gt=0, le=MAX_PART_SAMPLES)] | None = None
     """Samples in one part of every store; None for about 1 GiB at most."""
     teachers: dict[str, TeacherSettings] = Field(min_length=1)
     extract: ExtractSettings = ExtractSettings()

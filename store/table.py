@@ -7,19 +7,26 @@ of its type, that it names files inside the part alone, and that those are plain
 from __future__ import annotations
 
 import json
+import re
 import stat
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from ..errors import DamagedStoreError, StoreNotFoundError
-from .files import reading
+from .files import read_small, reading
 from .fingerprint import digest_json
+from .safe_json import parse_json, shortened
 from .sample import Segment
 
 if TYPE_CHECKING:
     from .manifest import Manifest
+
+HEADER_BYTES: Final = 64 << 20
+"""Size limit of a `zarr.json`. A part's table grows with its files and its failed samples, about 200 bytes each."""
+
+_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class _Checked(BaseModel):
@@ -52,19 +59,25 @@ class _Table(_Checked):
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The attributes of a `zarr.json`.
+    """Return the attributes of the `zarr.json` of a group.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is not one of a Zarr v3 group.
-        OSError: if it cannot be read.
+        FileNotFoundError: if there is no such file.
+        DamagedStoreError: if it is not a regular file of at most `HEADER_BYTES`, or not JSON; see `parse_json`.
+        ValueError: if it is not the header of a Zarr v3 group.
     """
-    try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError("too deeply nested") from None
+    data = read_small(path, HEADER_BYTES)
+    header = parse_json(data, path)
+    if _SURROGATE.search(data):
+        try:
+            json.dumps(header, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it holds half of a surrogate pair, which is not valid Unicode") from None
     if not isinstance(header, dict) or header.get("zarr_format") != 3 or header.get("node_type") != "group":
         raise ValueError("not the header of a Zarr v3 group")
+    # Consolidated metadata, above all: a Zarr library would read it in the place of the arrays' own headers.
+    if unknown := sorted(header.keys() - {"zarr_format", "node_type", "attributes"}):
+        raise ValueError(f"the field {shortened(unknown[0])} is unknown")
     attributes = header.get("attributes")
     if not isinstance(attributes, dict):
         raise ValueError("'attributes' is missing")
