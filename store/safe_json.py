@@ -18,6 +18,9 @@ from .files import read_small
 JSON_BYTES: Final = 16 << 20
 """Size limit of a JSON file unless the reader states another: a manifest, a record, a card or a result has a few kB."""
 
+LOG_BYTES: Final = 1 << 30
+"""Size limit of a log, of a training's state or of generated text, which grow with its steps or prompts."""
+
 MAX_DEPTH: Final = 64
 """Nesting limit. The deepest document that kava writes, a comparison with nested settings, has 10 levels."""
 
@@ -56,6 +59,21 @@ def read_json_object(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DamagedStoreError(f"{path} is not readable: it holds a {type(value).__name__}, not an object")
     return value
+
+
+def read_json_lines(path: Path, limit: int) -> list[dict[str, Any]]:
+    """Return the objects in a file of JSON lines; see `read_json`.
+
+    Raises:
+        DamagedStoreError: also if a line holds a value of another type.
+    """
+    rows = []
+    for number, line in enumerate(read_small(path, limit).splitlines(), 1):
+        row = parse_json(line, f"{path} line {number}")
+        if not isinstance(row, dict):
+            raise DamagedStoreError(f"{path} line {number} is not readable: it holds a {type(row).__name__}")
+        rows.append(row)
+    return rows
 
 
 def parse_json(data: bytes, where: Path | str) -> Any:

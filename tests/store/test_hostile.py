@@ -240,7 +240,9 @@ def test_a_zarr_v2_array_with_a_pickle_codec_runs_nothing(tmp_path: Path, monkey
     marker, array = tmp_path / "ran", tmp_path / "sample_id"
     array.mkdir()
     fields = {"zarr_format": 2, "shape": [1], "chunks": [1], "dtype": "|O", "fill_value": "", "order": "C"}
-    (array / ".zarray").write_text(json.dumps(fields | {"compressor": None, "filters": [{"id": "vlen-utf8"}, {"id": "pickle"}]}))
+    (array / ".zarray").write_text(
+        json.dumps(fields | {"compressor": None, "filters": [{"id": "vlen-utf8"}, {"id": "pickle"}]})
+    )
     (array / "0").write_bytes(numcodecs.pickles.Pickle().encode(_Code(marker)))
     with pytest.raises(DamagedStoreError, match="missing"):
         check_zarr_array(array / "zarr.json")
