@@ -31,11 +31,13 @@ from ..extract.vllm.settings import EngineSettings
 from ..store import CODECS, LOSSY, KVGeometry
 from ..store.files import write_atomic
 from ..store.manifest import MAX_PART_SAMPLES
+from ..store.safe_json import shortened
 from ..train.arms import CompareSettings
 from ..train.settings import ByteLevelBPE, StudentSettings, TrainSettings
 from .fuse.rules import RULES, Weighting
 from .maps.heads import HEAD_MAPS, RIDGE
 from .maps.resample import RESAMPLERS
+from .safe_yaml import parse_mapping
 from .select.rules import SELECTORS, Selector
 
 DTypeName = Literal["bfloat16", "float16", "float32"]
@@ -331,18 +333,27 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except OSError as error:
         hint = "; kava init writes a first recipe" if isinstance(error, FileNotFoundError) else ""
         raise RecipeError(f"recipe {path}: {error.strerror}{hint}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"recipe {path}{place}: not YAML: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(raw, dict):
-        raise RecipeError(f"recipe {path}: must be a mapping of sections, not {type(raw).__name__}")
+    return check_recipe(path, parse_recipe(path, data, overrides))
+
+
+def parse_recipe(path: Path, data: bytes, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the sections of a recipe with overrides applied, not yet checked; see `parse_mapping`."""
+    raw = parse_mapping(data, f"recipe {path}")
     for override in overrides:
         _override(raw, override)
+    return raw
+
+
+def check_recipe(path: Path, raw: dict[str, Any]) -> Recipe:
+    """Return the recipe that these sections describe.
+
+    Raises:
+        RecipeError: naming the key, and the nearest valid key or what a value should be.
+    """
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
@@ -375,11 +386,11 @@ def _explain(error: Any) -> str:
         valid = _keys_at(Recipe, list(place[:-1]))
         near = difflib.get_close_matches(str(place[-1]), valid, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(valid)}"
-        return f"unknown key {key!r}; {hint}"
+        return f"unknown key {shortened(key)}; {hint}"
     if error["type"] == "missing":
         return f"{key!r} is missing"
     message = error["msg"].removeprefix("Value error, ")
-    given = "" if error["type"] in ("value_error", "missing") else f" (got {error['input']!r})"
+    given = "" if error["type"] in ("value_error", "missing") else f" (got {shortened(error['input'])})"
     return f"{key}: {message}{given}" if key else message
 
 
