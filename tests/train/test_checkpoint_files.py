@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from fixtures.stores import write_store
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from kava.errors import DamagedStoreError, KavaError, RetryLaterError, StageError
 from kava.hub import tokenizer_digest
