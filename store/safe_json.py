@@ -24,6 +24,10 @@ LOG_BYTES: Final = 1 << 30
 MAX_DEPTH: Final = 64
 """Nesting limit. The deepest document that kava writes, a comparison with nested settings, has 10 levels."""
 
+BYTES_PER_CONTAINER: Final = 256
+"""A document has at most one array or object for so many bytes of its size limit; each takes some 100 bytes of memory
+and time to build, so that `[[],[],...]` would cost far more than its size says."""
+
 MAX_DIGITS: Final = 20
 """Digits of an integer: 2^64 - 1, the largest number in any array or checksum, has 20."""
 
@@ -46,7 +50,7 @@ def read_json(path: Path, limit: int = JSON_BYTES) -> Any:
         FileNotFoundError: if there is no such file.
         DamagedStoreError: if it cannot be read or is not JSON within the limits of this module.
     """
-    return parse_json(read_small(path, limit), path)
+    return parse_json(read_small(path, limit), path, limit)
 
 
 def read_json_object(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
@@ -76,20 +80,22 @@ def read_json_lines(path: Path, limit: int) -> list[dict[str, Any]]:
     return rows
 
 
-def parse_json(data: bytes, where: Path | str) -> Any:
+def parse_json(data: bytes, where: Path | str, limit: int = JSON_BYTES) -> Any:
     """Return the value of a JSON document in UTF-8.
 
     Args:
         data: the document.
         where: its origin, for the message.
+        limit: the size limit of documents of its kind, in bytes.
 
     Raises:
-        DamagedStoreError: if it is not JSON, repeats a key, nests deeper than `MAX_DEPTH`, holds an integer of more
-            than `MAX_DIGITS` digits or a float of more than `MAX_FLOAT_CHARACTERS`, or does not fit into memory.
+        DamagedStoreError: if it is not JSON, repeats a key, nests deeper than `MAX_DEPTH`, has more containers than
+            `limit / BYTES_PER_CONTAINER`, holds an integer of more than `MAX_DIGITS` digits or a float of more than
+            `MAX_FLOAT_CHARACTERS`, or does not fit into memory.
     """
     try:
         text = data.decode("utf-8")
-        _check_depth(text)
+        _check_depth(text, limit // BYTES_PER_CONTAINER)
         # Python calls the hooks once per number, so they are left out where no number can be too long.
         hooks: dict[str, Any] = {"parse_int": _integer, "parse_float": _float} if _LONG_NUMBER.search(text) else {}
         return json.loads(text, object_pairs_hook=_unique_keys, **hooks)
@@ -98,16 +104,18 @@ def parse_json(data: bytes, where: Path | str) -> Any:
         raise DamagedStoreError(f"{where} is not readable: {reason}") from None
 
 
-def _check_depth(text: str) -> None:
+def _check_depth(text: str, most: int) -> None:
     if text.count("[") + text.count("{") <= MAX_DEPTH:
         return
-    depth = 0
+    depth = count = 0
     for match in _STRING_OR_BRACKET.finditer(text):
         character = match[0][0]
         if character in "[{":
-            depth += 1
+            depth, count = depth + 1, count + 1
             if depth > MAX_DEPTH:
                 raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+            if count > most:
+                raise ValueError(f"more than {most:,} arrays and objects")
         elif character in "]}":
             depth -= 1
 

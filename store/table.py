@@ -67,7 +67,7 @@ def read_header(path: Path) -> dict[str, Any]:
         ValueError: if it is not the header of a Zarr v3 group.
     """
     data = read_small(path, HEADER_BYTES)
-    header = parse_json(data, path)
+    header = parse_json(data, path, HEADER_BYTES)
     if _SURROGATE.search(data):
         try:
             json.dumps(header, ensure_ascii=False).encode()

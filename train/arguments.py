@@ -162,7 +162,7 @@ def _is_whole(checkpoint: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        parse_json(data, checkpoint)
+        parse_json(data, checkpoint, LOG_BYTES)
     except ValueError:
         return False
     return True

@@ -107,6 +107,7 @@ def test_a_special_file_in_the_place_of_a_header(tmp_path: Path, name: str, kind
         (b'["' + b"[" * 100 + b'", ' + b'"' + b'\\"' * 2_000_000, "Unterminated"),
         (b'{"a": 1, "b": 2, "a": 3}', "the key 'a' is repeated"),
         (b'{"' + b"k" * 200 + b'": 1, "' + b"k" * 200 + b'": 3}', r"the key 'kkk.*\.\.\. is repeated"),
+        (b"[" + b"[]," * 1_000_000 + b"[]]", "more than 65,536 arrays and objects"),
         (b"1" * 1000, "1000 digits"),
         (b"-" + b"1" * 1_000_000, "digits"),
         (b"0." + b"1" * 1_000_000, "characters"),
@@ -114,7 +115,7 @@ def test_a_special_file_in_the_place_of_a_header(tmp_path: Path, name: str, kind
         (b"", "Expecting value"),
         (b'{"a": 1} x', "Extra data"),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_json_outside_its_limits_is_refused_at_once(document: bytes, reason: str) -> None:
     with pytest.raises(DamagedStoreError, match=f"^where is not readable: .*{reason}") as raised:
