@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _OPEN_PARTS: Final = 64
 _ASIDE: Final = ".aside-"
+_SUMS: Final = ("sum", "sum_of_squares")
 _CLAIM: Final = ".claim-"
 
 _PARTS: Final = threading.Lock()
@@ -364,14 +365,16 @@ class KVStore(Sequence[KVSample]):
         Read from the parts' attributes; no tensor is touched.
         """
         parts = [self.part(number).statistics for number in self.committed_parts()]
-        count = sum(p["tokens"] for p in parts) * self.geometry.width
+        count = float(sum(p["tokens"] for p in parts) * self.geometry.width)
         out: dict[str, np.ndarray[Any, Any]] = {}
         for name in ("keys", "values"):
-            total = np.sum([p[name]["sum"] for p in parts], axis=0) if parts else np.zeros(self.geometry.num_layers)
-            squares = np.sum([p[name]["sum_of_squares"] for p in parts], axis=0) if parts else total
-            mean = total / max(count, 1)
-            out[f"{name}_mean"] = mean
-            out[f"{name}_std"] = np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 0))
+            sums = np.zeros((2, self.geometry.num_layers))
+            if parts:  # As float64: a table from elsewhere may hold whole numbers of any size.
+                sums = np.sum([np.asarray([p[name][n] for n in _SUMS], np.float64) for p in parts], axis=0)
+            with np.errstate(over="ignore", invalid="ignore"):
+                mean, square = sums / max(count, 1)
+                out[f"{name}_mean"] = mean
+                out[f"{name}_std"] = np.sqrt(np.maximum(square - mean**2, 0))
         return out
 
     def coverage(self) -> dict[str, tuple[int, int, int]]:
