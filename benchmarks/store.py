@@ -119,7 +119,7 @@ def chunks(store: KVStore) -> list[bytes]:
 def by_zarr(store: KVStore, order: list[int]) -> None:
     """Reads samples without kava."""
     part = store.part(0)
-    group = zarr.open_group(part.path, mode="r")
+    group = zarr.open_group(part.path, mode="r", zarr_format=3)
     arrays: list[Any] = [group[name] for name in ("keys", "values")]
     for index in order:
         start, length = int(part.starts[index]), int(part.lengths[index])

@@ -12,6 +12,7 @@ from ..hub import load_tokenizer
 from ..progress import progress
 from ..store import Lock, claimed
 from ..store.files import disk_errors, write_atomic
+from ..store.safe_json import LOG_BYTES, read_json_lines
 from .places import RECORD, read_record
 from .stage import Stage, Status
 from .teachers import open_writer
@@ -124,7 +125,7 @@ class GenerateStage(Stage):
     def _written(self) -> dict[str, dict[str, Any]]:
         """Every answer so far by sample id, in the order of the prompts."""
         files = sorted(self._answers.glob("[0-9]*.jsonl"))
-        rows = [json.loads(line) for path in files for line in path.read_bytes().splitlines()]
+        rows = [row for path in files for row in read_json_lines(path, LOG_BYTES)]
         return {row["id"]: row for row in rows}
 
 

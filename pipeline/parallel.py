@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from ..errors import KavaError, RecipeError, RetryLaterError
 from ..store import PartReader, Split, num_cpus
@@ -126,21 +126,27 @@ def _run_distributed(
 
 @contextmanager
 def _client(scheduler: str) -> Iterator[Client]:
-    from distributed import Client, LocalCluster
+    from distributed import Client
 
     if not scheduler.startswith(_PROCESSES):
         try:
             client = Client(scheduler, timeout="20s")
         except (OSError, ValueError) as error:
             raise RetryLaterError(f"--scheduler {scheduler}: cannot be reached: {error}") from None
+        except TypeError:  # What distributed raises if an encrypted address is given without any certificate.
+            raise RecipeError(
+                f"--scheduler {scheduler}: TLS needs a certificate. Set distributed.comm.tls in dask's configuration, "
+                "see docs/howto/slurm.md"
+            ) from None
         with client:
             yield client
         return
     count = scheduler.removeprefix(_PROCESSES)
     if not count.isdigit() or int(count) < 1:
         raise RecipeError(f"--scheduler {scheduler}: write processes:N with a number of worker processes")
-    options: dict[str, Any] = {"n_workers": int(count), "threads_per_worker": 1, "dashboard_address": ":0"}
-    with LocalCluster(processes=True, **options) as cluster, Client(cluster) as client:
+    from .local_cluster import local_client
+
+    with local_client(int(count)) as client:
         yield client
 
 

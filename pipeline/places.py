@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Final
+
+from ..errors import DamagedStoreError
+from ..store.files import read_small
+from ..store.safe_json import JSON_BYTES, parse_json
 
 RECORD: Final = "kava.json"
 """What a folder of weights says of itself."""
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record in a folder of weights; empty if there is none that can be read."""
+    """Return the record in a folder of weights; empty if there is none or it is not JSON.
+
+    Raises:
+        DamagedStoreError: if a special file or a link is in its place.
+    """
+    path = folder / RECORD
     try:
-        record = json.loads((folder / RECORD).read_text())
-    except (OSError, ValueError):
+        data = read_small(path, JSON_BYTES)
+    except FileNotFoundError:
+        return {}
+    try:
+        record = parse_json(data, path)
+    except DamagedStoreError:
         return {}
     return record if isinstance(record, dict) else {}
 

@@ -32,6 +32,8 @@ from ..extract.generate import GenerateSettings
 from ..extract.vllm.settings import EngineSettings
 from ..store import CODECS, LOSSY, KVGeometry
 from ..store.files import write_atomic
+from ..store.manifest import MAX_PART_SAMPLES
+from ..store.safe_json import shortened
 from ..train.arms import CompareSettings
 from ..train.settings import ByteLevelBPE, StudentSettings, TrainSettings
 from .fuse.rules import RULES, Weighting
@@ -228,7 +230,7 @@ class Recipe(_Section):
     """Whether teachers and student read the text in their chat templates; each may say otherwise. None for no."""
     chat_template_date: datetime.date | None = None
     """Date that chat templates print as today's. Templates that print one are refused without it."""
-    samples_per_part: PositiveInt | None = None
+    samples_per_part: Annotated[int, Field(gt=0, le=MAX_PART_SAMPLES)] | None = None
     """Samples in one part of every store; None for about 1 GiB at most."""
     teachers: dict[str, TeacherSettings] = Field(min_length=1)
     extract: ExtractSettings = ExtractSettings()
@@ -356,20 +358,34 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
     except OSError as error:
         hint = "; kava init writes a first recipe" if isinstance(error, FileNotFoundError) else ""
         raise RecipeError(f"recipe {path}: {error.strerror}{hint}") from None
+    return check_recipe(path, parse_recipe(path, data, overrides))
+
+
+def parse_recipe(path: Path, data: bytes, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the sections of a recipe with overrides applied, not yet checked; see `read_yaml`."""
+    try:
+        raw = read_yaml(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RecipeError(f"recipe {path}: not UTF-8: {error}. Save it as UTF-8.") from None
-    try:
-        raw = read_yaml(text)
     except RecipeError as error:
         raise RecipeError(f"recipe {path}{error}") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"recipe {path}: must be a mapping of sections, not {type(raw).__name__}")
     for override in overrides:
         set_key(raw, override)
+    return raw
+
+
+def check_recipe(path: Path, raw: dict[str, Any]) -> Recipe:
+    """Return the recipe that these sections describe.
+
+    Raises:
+        RecipeError: naming the key, and the nearest valid key or what a value should be.
+    """
     try:
         refuse_values(raw)
         expand_paths(raw)
@@ -388,11 +404,11 @@ def _explain(error: Any) -> str:
         valid = _keys_at(Recipe, list(place[:-1]))
         near = difflib.get_close_matches(str(place[-1]), valid, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(valid)}"
-        return f"unknown key {key!r}; {hint}"
+        return f"unknown key {shortened(key)}; {hint}"
     if error["type"] == "missing":
         return f"{key!r} is missing"
     message = error["msg"].removeprefix("Value error, ")
-    given = "" if error["type"] in ("value_error", "missing") else f" (got {error['input']!r})"
+    given = "" if error["type"] in ("value_error", "missing") else f" (got {shortened(error['input'])})"
     return f"{key}: {message}{given}" if key else message
 
 

@@ -30,6 +30,7 @@ from ..hub import (
 )
 from ..store import KVGeometry, KVStore, Manifest, ModelIdentity, Split, digest_json
 from ..store.dtypes import dtype_of
+from ..store.files import check_regular
 from ..store.manifest import default_page_tokens
 from ..train.settings import TrainSettings
 from .fuse.view import FusedTargets
@@ -69,6 +70,7 @@ class Run(Places):
         record = read_record(self.generated_dir)
         if record.get("key") != self.generate_key or "kept" not in record:
             raise StageError(f"{self.generated_dir} is not written yet, or is stale; kava run --only generate")
+        check_regular(self.generated_dir / "corpus.jsonl")
         return load_corpus(self.corpus_settings)
 
     @property

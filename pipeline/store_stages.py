@@ -14,6 +14,7 @@ from ..errors import KavaError, StageError, StoreError, StoreNotFoundError
 from ..extract import Corpus, Encoder, Teacher, capture_store
 from ..progress import progress
 from ..store import KVStore, Manifest, digest_json, locked
+from ..store.safe_json import read_json_object
 from .cluster.share import format_parts
 from .direct import capture_targets
 from .maps.project import fit_projector
@@ -391,10 +392,9 @@ def describe(stage: StoreStage, store: KVStore) -> str:
 
 def _card(projector: Path) -> dict[str, Any]:
     try:
-        card = json.loads(projector.with_suffix(".json").read_text())
+        return read_json_object(projector.with_suffix(".json"))
     except (OSError, ValueError):
         return {}
-    return card if isinstance(card, dict) else {}
 
 
 def _short(value: Any) -> str:

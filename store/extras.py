@@ -6,11 +6,12 @@ one with a number for every sample is a small array. What they mean is the busin
 
 from __future__ import annotations
 
+import math
 import re
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..errors import StoreError
 
@@ -30,6 +31,13 @@ LOGITS: Final = ("logit_ids", "logprobs", "logprob_tail")
 vocabulary, and that of all others together. Id -1 and NaN where the teacher read no such token."""
 
 
+MAX_AXES: Final = 8
+"""Upper bound of the axes of one entry; NumPy allows 64 in all, kava declares 2 at most."""
+
+MAX_ENTRY_BYTES: Final = 16 << 20
+"""Upper bound of the bytes of one entry: slots of 4,096 heads with 1,024 numbers each."""
+
+
 class ExtraArray(BaseModel):
     """What an extra array looks like."""
 
@@ -38,8 +46,19 @@ class ExtraArray(BaseModel):
     axis: Literal["row", "sample"]
     """What there is one entry for."""
     dtype: Literal["float32", "float64", "int32"]
-    shape: tuple[PositiveInt, ...] = ()
+    shape: Annotated[tuple[Annotated[int, Field(gt=0, le=MAX_ENTRY_BYTES)], ...], Field(max_length=MAX_AXES)] = ()
     """Of one entry: `(layers, kv_heads)`, or `()` for a number."""
+
+    @model_validator(mode="after")
+    def _plausible(self) -> Self:
+        if self.entry_bytes > MAX_ENTRY_BYTES:
+            raise ValueError(f"shape {self.shape} has {self.entry_bytes:,} bytes, at most {MAX_ENTRY_BYTES:,} are read")
+        return self
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     @property
     def numpy(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +72,64 @@ def read_all(file: int, nbytes: int, offset: int) -> bytes:
     while len(data) < nbytes and (more := os.pread(file, nbytes - len(data), offset + len(data))):
         data += more
     return data
+
+
+def read_small(path: Path | str, limit: int) -> bytes:
+    """Return the bytes of a regular file that someone else may have put there.
+
+    A store or run folder may lie behind a link; the files in it may not, so that nobody else's bytes are taken for its
+    own. The file is examined before it is opened, because opening some devices has effects, and again afterwards.
+
+    Args:
+        path: the file.
+        limit: its largest size in bytes.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        DamagedStoreError: if it is a link, a folder, a named pipe, a socket or a device, or larger than `limit`.
+        StoreError: if it must not be read.
+    """
+    with reading(path):
+        _check_regular(path, os.lstat(path))
+        # Should a pipe have taken its place meanwhile, opening it does not wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+            _check_regular(path, status)
+            if status.st_size > limit:
+                raise DamagedStoreError(f"{path}: has {status.st_size:,} bytes, expected {limit:,} at most")
+            return read_all(descriptor, status.st_size, 0)
+        finally:
+            os.close(descriptor)
+
+
+_KINDS: Final = {
+    stat.S_IFLNK: "a link",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def check_regular(path: Path | str) -> None:
+    """Check that a file is a regular one before a library opens it; see `read_small`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        DamagedStoreError: if it is a link or a special file.
+    """
+    with reading(path):
+        _check_regular(path, os.lstat(path))
+
+
+def _check_regular(path: Path | str, status: os.stat_result) -> None:
+    kind = stat.S_IFMT(status.st_mode)
+    if kind != stat.S_IFREG:
+        raise DamagedStoreError(
+            f"{path}: {_KINDS.get(kind, 'no file')} where a regular file was written. Restore the file, or remove it"
+        )
 
 
 def write_protect(root: Path) -> None:

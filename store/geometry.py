@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from typing import Annotated, Final
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_LAYERS: Final = 4096
+"""Upper bound of layers, and of KV heads: the deepest and widest published models have a few hundred."""
+
+MAX_HEAD_DIM: Final = 65_536
+"""Upper bound of the head width: 128 to 576 are common, and one head of the whole hidden size is conceivable."""
 
 
 class KVGeometry(BaseModel):
@@ -13,9 +21,9 @@ class KVGeometry(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    num_layers: PositiveInt
-    num_key_value_heads: PositiveInt
-    head_dim: PositiveInt
+    num_layers: Annotated[int, Field(gt=0, le=MAX_LAYERS)]
+    num_key_value_heads: Annotated[int, Field(gt=0, le=MAX_LAYERS)]
+    head_dim: Annotated[int, Field(gt=0, le=MAX_HEAD_DIM)]
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -7,28 +7,54 @@ fingerprint hold the same numbers.
 
 from __future__ import annotations
 
+import math
 from importlib import metadata
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeInt,
-    PositiveInt,
     ValidationError,
     computed_field,
     field_validator,
+    model_validator,
 )
 
 from ..errors import StoreError
+from .dtypes import dtype_of
 from .extras import ExtraArray, check_names
 from .fingerprint import digest_json
 from .geometry import KVGeometry
 from .quantize import LOSSY
+from .safe_json import shortened
 
 FORMAT_VERSION: Final = 2
 """Version of the on-disk format. Version 1 had no index, and checksums of files that depended on their length alone."""
+
+MAX_SAMPLES: Final = 1 << 27
+"""Upper bound of samples. Readers allocate a few numbers for each: 1 GiB of lengths."""
+
+MAX_PARTS: Final = 1 << 20
+"""Upper bound of parts: each is a folder, and lists of their numbers are built."""
+
+MAX_PART_SAMPLES: Final = 1 << 20
+"""Upper bound of samples in one part, whose small arrays are read at once."""
+
+MAX_PAGE_TOKENS: Final = 1 << 16
+"""Upper bound of rows in one page; kava writes 64 at most."""
+
+MAX_PAGE_BYTES: Final = 1 << 30
+"""Upper bound of the raw bytes of one page of any array: it is decoded in one piece, and Blosc holds 2 GiB at most."""
+
+MAX_SAMPLE_BYTES: Final = 4 << 30
+"""Upper bound of the bytes of an extra array of samples in the whole store, which is read at once."""
+
+MAX_EXTRAS: Final = 256
+"""Upper bound of extra arrays."""
+
+_Name = Annotated[str, Field(max_length=4096)]
+"""A name or digest, which messages quote."""
 
 _NOT_CONTENT: Final = ("versions", "fingerprint")
 
@@ -40,13 +66,13 @@ class _Strict(BaseModel):
 class ModelIdentity(_Strict):
     """Which weights made the numbers."""
 
-    id: str
+    id: _Name
     """The name given by the recipe: a hub id, or the last part of a local path."""
-    revision: str | None = None
+    revision: _Name | None = None
     """The resolved commit of a hub model."""
-    weights_digest: str | None = None
+    weights_digest: _Name | None = None
     """The digest of local weights."""
-    compute_dtype: str
+    compute_dtype: _Name
     """The dtype of the forward pass."""
     rope: dict[str, Any] = Field(default_factory=dict)
     """The model's `rope_parameters`; stored keys are un-rotated, this is what to rotate them with."""
@@ -61,23 +87,23 @@ class Manifest(_Strict):
     `selected`: the same number of slots for every sample, each filled from a token of its own per layer and head."""
     geometry: KVGeometry
     dtype: Literal["bfloat16", "float16", "float32"]
-    codec: str
-    page_tokens: PositiveInt
+    codec: _Name
+    page_tokens: Annotated[int, Field(gt=0, le=MAX_PAGE_TOKENS)]
     """Rows per page; a page is one chunk and belongs to one sample."""
-    num_samples: NonNegativeInt
-    samples_per_part: PositiveInt
+    num_samples: Annotated[int, Field(ge=0, le=MAX_SAMPLES)]
+    samples_per_part: Annotated[int, Field(gt=0, le=MAX_PART_SAMPLES)]
     model: ModelIdentity
-    tokenizer_digest: str
+    tokenizer_digest: _Name
     """The tokenizer of this store's time axis."""
-    chat_template_digest: str | None = None
-    corpus_digest: str
+    chat_template_digest: _Name | None = None
+    corpus_digest: _Name
     parameters: dict[str, Any] = Field(default_factory=dict)
     """The parameters of the stage that made this store."""
-    parents: dict[str, str] = Field(default_factory=dict)
+    parents: dict[_Name, _Name] = Field(default_factory=dict)
     """Fingerprints of what this store was made from."""
-    extras: dict[str, ExtraArray] = Field(default_factory=dict)
+    extras: dict[_Name, ExtraArray] = Field(default_factory=dict, max_length=MAX_EXTRAS)
     """Further arrays that every part holds, by name."""
-    versions: dict[str, str] = Field(default_factory=lambda: library_versions())
+    versions: dict[_Name, _Name] = Field(default_factory=lambda: library_versions())
     """Library versions of the writer: provenance, not content."""
 
     @field_validator("extras")
@@ -85,6 +111,21 @@ class Manifest(_Strict):
     def _plain_names(cls, extras: dict[str, ExtraArray]) -> dict[str, ExtraArray]:
         check_names(extras)
         return extras
+
+    @model_validator(mode="after")
+    def _plausible(self) -> Self:
+        """Refuse sizes that no reader could allocate or count through."""
+        page = self.page_tokens * math.prod(self.geometry.shape) * dtype_of(self.dtype).itemsize
+        sizes = [("num_parts", self.num_parts, MAX_PARTS), ("bytes of a page of keys", page, MAX_PAGE_BYTES)]
+        for name, kind in self.extras.items():
+            if kind.axis == "row":
+                sizes.append((f"bytes of a page of {name}", self.page_tokens * kind.entry_bytes, MAX_PAGE_BYTES))
+            else:
+                sizes.append((f"bytes of {name}", self.num_samples * kind.entry_bytes, MAX_SAMPLE_BYTES))
+        for what, size, limit in sizes:
+            if size > limit:
+                raise ValueError(f"{what}: {size:,}, at most {limit:,} are read")
+        return self
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -137,7 +178,9 @@ class Manifest(_Strict):
         if version != FORMAT_VERSION:
             older = isinstance(version, int) and version < FORMAT_VERSION
             advice = "write the store again with this kava" if older else "upgrade kava"
-            raise StoreError(f"{where} has store format {version!r}, this kava reads {FORMAT_VERSION}. {advice}")
+            raise StoreError(
+                f"{where} has store format {shortened(version)}, this kava reads {FORMAT_VERSION}. {advice}"
+            )
         seals = {name: raw.get(name) for name in ("fingerprint", "digest")}
         if seals["digest"] != digest_json({k: v for k, v in raw.items() if k != "digest"}):
             raise StoreError(f"{where}/zarr.json was edited or damaged: its digest does not match its fields")
@@ -146,7 +189,7 @@ class Manifest(_Strict):
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(p) for p in first["loc"])
-            raise StoreError(f"{where}/zarr.json: manifest field {place!r}: {first['msg']}") from None
+            raise StoreError(f"{where}/zarr.json: manifest field {shortened(place)}: {first['msg']}") from None
         if seals["fingerprint"] != manifest.fingerprint:
             raise StoreError(f"{where}/zarr.json was edited: its fingerprint does not match its fields")
         return manifest

@@ -375,13 +375,13 @@ class KVStore(Sequence[KVSample]):
             tokens += part.target_tokens
             for name in names:
                 totals[name] += part.sums[name]
-        count = tokens * self.geometry.width
+        count = float(tokens * self.geometry.width)
         out: dict[str, np.ndarray[Any, Any]] = {}
         for name in names:
-            total, squares = totals[name]
-            mean = total / max(count, 1)
-            out[f"{name}_mean"] = mean
-            out[f"{name}_std"] = np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 0))
+            with np.errstate(over="ignore", invalid="ignore"):  # A store from elsewhere may hold any numbers.
+                mean, square = totals[name] / max(count, 1)
+                out[f"{name}_mean"] = mean
+                out[f"{name}_std"] = np.sqrt(np.maximum(square - mean**2, 0))
         return out
 
     def coverage(self) -> dict[str, tuple[int, int, int]]:

@@ -17,15 +17,21 @@ from typing import Annotated, Any, Final
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from ..errors import DamagedStoreError, StoreNotFoundError
-from .files import reading
+from .files import read_small, reading
 from .fingerprint import digest_json
 from .hashing import hash_bytes
 from .index import INDEX_FILE, MAX_INDEX_BYTES
 from .part import PartLayout, part_name
+from .safe_json import parse_json, shortened
 from .sample import SEGMENTS
 
 _INSIDE: Final = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", re.ASCII)
 """Names of files below a folder that lead nowhere else."""
+
+HEADER_BYTES: Final = 64 << 20
+"""Size limit of a `zarr.json`. A part's table grows with its files and its failed samples, about 200 bytes each."""
+
+_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class _Table(BaseModel):
@@ -45,19 +51,25 @@ class _Table(BaseModel):
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The attributes of a `zarr.json`.
+    """Return the attributes of the `zarr.json` of a group.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is not one of a Zarr v3 group.
-        OSError: if it cannot be read.
+        FileNotFoundError: if there is no such file.
+        DamagedStoreError: if it is not a regular file of at most `HEADER_BYTES`, or not JSON; see `parse_json`.
+        ValueError: if it is not the header of a Zarr v3 group.
     """
-    try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError("too deeply nested") from None
+    data = read_small(path, HEADER_BYTES)
+    header = parse_json(data, path, HEADER_BYTES)
+    if _SURROGATE.search(data):
+        try:
+            json.dumps(header, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it holds half of a surrogate pair, which is not valid Unicode") from None
     if not isinstance(header, dict) or header.get("zarr_format") != 3 or header.get("node_type") != "group":
         raise ValueError("not the header of a Zarr v3 group")
+    # Consolidated metadata, above all: a Zarr library would read it in the place of the arrays' own headers.
+    if unknown := sorted(header.keys() - {"zarr_format", "node_type", "attributes"}):
+        raise ValueError(f"the field {shortened(unknown[0])} is unknown")
     attributes = header.get("attributes")
     if not isinstance(attributes, dict):
         raise ValueError("'attributes' is missing")
@@ -98,7 +110,7 @@ def read_table(root: Path, layout: PartLayout, index: int) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(p) for p in first["loc"])
-        raise DamagedStoreError(f"{header}: field {place!r}: {first['msg']}") from None
+        raise DamagedStoreError(f"{header}: field {shortened(place)}: {first['msg']}") from None
     except DamagedStoreError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -116,7 +128,7 @@ def read_table(root: Path, layout: PartLayout, index: int) -> dict[str, Any]:
             raise DamagedStoreError(f"{header}: field {field!r} does not fit the manifest")
     for name in table["files"]:
         if not _INSIDE.fullmatch(name):
-            raise DamagedStoreError(f"{folder}: the table names {name!r}, which is no file of a part")
+            raise DamagedStoreError(f"{folder}: the table names {shortened(name)}, which is no file of a part")
     return dict(table)
 
 
@@ -131,36 +143,12 @@ def read_index(folder: str, table: Mapping[str, Any]) -> bytes:
     if not 0 < size <= MAX_INDEX_BYTES:
         raise DamagedStoreError(f"{folder}: the table names no {INDEX_FILE} that could be read")
     try:
-        with reading(path):
-            data = read_plain(path, size)
+        data = read_small(path, size)
     except FileNotFoundError:
         raise DamagedStoreError(f"{folder}: the file {INDEX_FILE} is missing") from None
     if len(data) != size or hash_bytes(data) != digest:
         raise DamagedStoreError(f"{path}: not as it was written")
     return data
-
-
-def read_plain(path: str, limit: int) -> bytes:
-    """Read at most `limit` bytes of a regular file; a link is not followed, and a pipe in its place does not block.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        DamagedStoreError: if it is no regular file, or a longer one.
-        OSError: if it cannot be read.
-    """
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        found = os.fstat(file)
-        if not stat.S_ISREG(found.st_mode):
-            raise DamagedStoreError(f"{path}: not a regular file")
-        if found.st_size > limit:
-            raise DamagedStoreError(f"{path}: has {found.st_size} bytes, expected at most {limit}")
-        data = b""
-        while len(data) < found.st_size and (more := os.pread(file, found.st_size - len(data), len(data))):
-            data += more
-        return data
-    finally:
-        os.close(file)
 
 
 def check_files(folder: str, files: Mapping[str, Sequence[Any]]) -> None:

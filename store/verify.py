@@ -12,12 +12,13 @@ from numcodecs import VLenUTF8, Zstd
 
 from ..errors import DamagedStoreError, StoreError
 from .cpus import num_cpus
-from .files import reading
+from .files import read_small, reading
 from .hashing import hash_file
 from .index import INDEX_FILE
 from .part_reader import PartReader
 from .shard import shard_index
-from .table import check_files, header_bytes, read_table
+from .table import HEADER_BYTES, check_files, header_bytes, read_table
+from .zarr_headers import check_zarr_array
 
 if TYPE_CHECKING:
     from .store import KVStore
@@ -84,8 +85,7 @@ def _verify_headers(store: KVStore) -> list[Damage]:
     """The manifest was compared with its fingerprint when the store was opened; the header of `parts` holds nothing."""
     header = store.path / "parts" / "zarr.json"
     try:
-        with reading(header):
-            good = header.read_bytes() == header_bytes({})
+        good = read_small(header, HEADER_BYTES) == header_bytes({})
     except FileNotFoundError:
         return [Damage(None, "parts/zarr.json", None, (), "the file is missing")]
     except DamagedStoreError as error:
@@ -111,6 +111,8 @@ def verify_part(store: KVStore, number: int) -> list[Damage]:
             with reading(part.path / name):
                 if hash_file(part.path / name) != digest:
                     changed[array] = "not as it was written"
+            if name.endswith("/zarr.json"):
+                check_zarr_array(part.path / name)
         except StoreError as error:
             absent[array] = _reason(error)
     present = {p.relative_to(part.path).as_posix() for p in part.path.rglob("*") if not p.is_dir() or p.is_symlink()}

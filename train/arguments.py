@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from copy import deepcopy
 from pathlib import Path
@@ -13,7 +12,9 @@ import torch
 from transformers import TrainingArguments
 
 from ..errors import RecipeError
-from ..store.files import disk_errors, remove
+from ..store.files import disk_errors, read_small, remove
+from ..store.safe_json import LOG_BYTES, parse_json
+from .checkpoint_files import check_checkpoint
 from .ranks import num_processes
 from .settings import TrainSettings
 from .shard import SHARDING
@@ -148,13 +149,20 @@ def begin_at(folder: Path) -> tuple[Path | None, int]:
         for path in folder.glob("checkpoint-*"):
             if not _is_whole(path):
                 remove(path)
-    return last_checkpoint(folder)
+    checkpoint, step = last_checkpoint(folder)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
+    return checkpoint, step
 
 
 def _is_whole(checkpoint: Path) -> bool:
     """Whether the Trainer's state, the last of the files to be written, is there and not torn."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_bytes())
-    except (FileNotFoundError, ValueError):
+        data = read_small(checkpoint / "trainer_state.json", LOG_BYTES)
+    except FileNotFoundError:
+        return False
+    try:
+        parse_json(data, checkpoint, LOG_BYTES)
+    except ValueError:
         return False
     return True

@@ -16,6 +16,8 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from ..errors import STOP_SIGNALS
+from ..store.files import read_small
+from ..store.safe_json import LOG_BYTES, parse_json
 from .ranks import Ranks
 from .trackers import finish_trackers, tracker_callbacks
 
@@ -38,17 +40,17 @@ class JsonLog(TrainerCallback):  # type: ignore[misc]
 
     def rewind(self, step: int) -> None:
         """Drops what was written after `step` finished steps, which will be written again, and a torn last line."""
-        if not self.path.is_file():
+        if not os.path.lexists(self.path):
             return
-        kept = []
-        for line in self.path.read_text().splitlines():
+        kept = b""
+        for line in read_small(self.path, LOG_BYTES).splitlines(keepends=True):
             try:
-                found = json.loads(line)
+                found = parse_json(line, self.path)
             except ValueError:
                 continue
-            if found["step"] <= step:
-                kept.append(line + "\n")
-        self.path.write_text("".join(kept))
+            if isinstance(found, dict) and isinstance(found.get("step"), int) and found["step"] <= step:
+                kept += line
+        self.path.write_bytes(kept)
 
     def _write(self, line: dict[str, Any]) -> None:
         with self.path.open("a") as file:

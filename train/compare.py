@@ -7,7 +7,7 @@ is taken sample by sample, mean over the seeds that both arms have.
 from __future__ import annotations
 
 import itertools
-import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from ..errors import StageError
+from ..store.safe_json import LOG_BYTES, read_json_lines
 from .arms import Arm, CompareSettings
 from .heldout import Heldout
 from .statistics import Array, bootstrap_interval, mean_over_seeds, sign_test, steps_to
@@ -53,7 +54,7 @@ class Trained:
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The lines of a training's log."""
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return read_json_lines(path, LOG_BYTES) if os.path.lexists(path) else []
 
 
 def summarise(trained: Sequence[Trained], arms: Sequence[Arm], settings: CompareSettings) -> dict[str, Any]:

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..errors import StageError
+from ..errors import DamagedStoreError, StageError
 from ..store import KVSample, Split
 from ..store.files import write_atomic
+from ..store.safe_json import LOG_BYTES, read_json_object
 from ..tap import KVTap, probe_geometry
 from .data import IGNORED, TargetCollator
 
@@ -65,8 +66,16 @@ class Heldout:
 
     @classmethod
     def load(cls, path: Path) -> Heldout:
-        """Reads what `save` wrote."""
-        return cls(**json.loads(path.read_text()))
+        """Read what `save` wrote.
+
+        Raises:
+            DamagedStoreError: if the file is not what `save` writes.
+        """
+        fields = read_json_object(path, LOG_BYTES)
+        if fields.keys() != cls.__dataclass_fields__.keys():
+            expected = ", ".join(cls.__dataclass_fields__)
+            raise DamagedStoreError(f"{path} is not readable: expected the fields {expected}")
+        return cls(**fields)
 
 
 def evaluate_heldout(

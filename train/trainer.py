@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerState
 
 from ..errors import KavaError, StageError, TrainingError
 from ..store.files import write_atomic
+from ..store.safe_json import LOG_BYTES, read_json_object
 from .alpha import AutoAlpha, Gradients, gradient_norms, gradients_of, schedule_factor
 from .diagnostics import CollapseAlarm, Mean, StepClock, check_gradient, not_finite, spread_ratio
 from .feed import Feed, share_step
@@ -220,7 +221,7 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         Raises:
             StageError: if it is of a training with another kind of alpha, or of other batches.
         """
-        state = json.loads((checkpoint / STATE).read_text())
+        state = read_json_object(checkpoint / STATE, LOG_BYTES)
         if (state["alpha"] is None) != (self.auto is None):
             was, now = ("auto", "a number") if self.auto is None else ("a number", "auto")
             raise agreed(

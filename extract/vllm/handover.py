@@ -1,8 +1,8 @@
 """From a worker process to ours: rows of keys and values in shared memory, notes about them through a socket.
 
 Each worker owns one ring of anonymous memory (a memfd, which has no name and dies with its processes) and tells our
-process over an abstract Unix socket (no name either) what it has put there. Tensors are never pickled. A full ring
-makes the worker wait, and so the engine: that is the bound on memory.
+process over a Unix socket what it has put there; see `local_socket` for who is listened to. Tensors are never pickled.
+A full ring makes the worker wait, and so the engine: that is the bound on memory.
 """
 
 from __future__ import annotations
@@ -21,8 +21,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError, reduction
-from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
+from multiprocessing.connection import Connection
 from typing import Any, Final
+
+from ...errors import CaptureError
+from .local_socket import connect, listen, wait_forever, welcome
+
+CALL_SECONDS: Final = 120.0
+"""Longest wait for the workers to call, once each has said that it is attached."""
 
 _ALIGN: Final = 64
 
@@ -123,7 +129,7 @@ class Outbox:
     """The worker's end."""
 
     def __init__(self, address: Address, *, rank: int, ring_bytes: int) -> None:
-        self._connection = Client(address.name, family="AF_UNIX", authkey=address.key)
+        self._connection = connect(address.name, address.key)
         self._size, self._head = ring_bytes, 0
         self._taken: deque[int] = deque()  # Offsets of the pieces that were not emptied yet, oldest first.
         handle = os.memfd_create("kava-handover")
@@ -203,57 +209,80 @@ class Inbox:
                 are the worker's again when it returns. A note of None says that the worker is gone.
         """
         self._on_note = on_note
-        self.address = Address(f"\0kava-{os.getpid()}-{secrets.token_hex(8)}", secrets.token_bytes(32))
+        self._listening = listen()
+        self.address = Address(self._listening.name, secrets.token_bytes(32))
         self.pids: dict[int, int] = {}
-        self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._server.bind(self.address.name)
-        self._server.listen()
-        self._sockets = [self._server]
+        self._sockets = [self._listening.socket]
         self._changed = threading.Condition()
-        self._threads = [threading.Thread(target=self._accept, name="kava-inbox", daemon=True)]
-        self._threads[0].start()
+        self._threads: list[threading.Thread] = []
+        self._start(self._accept, "kava-inbox")
 
-    def wait(self, workers: int) -> None:
-        """Returns when this many workers have called."""
+    def wait(self, workers: int, *, seconds: float = CALL_SECONDS) -> None:
+        """Return when this many workers have called; nobody else can call from then on.
+
+        Raises:
+            CaptureError: if they have not within `seconds`.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: len(self.pids) >= workers)
+            if not self._changed.wait_for(lambda: len(self.pids) >= workers, seconds):
+                raise CaptureError(f"{len(self.pids)} of {workers} workers of the engine called within {seconds:g} s")
+        self._listening.hide()
 
     def close(self) -> None:
-        """Closes every socket, which wakes whoever reads from one, there and here."""
-        for opened in self._sockets:
-            with suppress(OSError):
-                opened.shutdown(socket.SHUT_RDWR)
+        """Close every socket, which wakes whoever reads from one, there and here."""
+        self._listening.hide()
+        _shut(self._listening.socket)
+        self._threads[0].join()  # The accepting one: no socket and no thread is added after it.
+        with self._changed:
+            sockets = list(self._sockets)
+        for opened in sockets:
+            _shut(opened)
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
-        for opened in self._sockets:
+        for opened in sockets:
             opened.close()
+
+    def _start(self, target: Callable[..., None], name: str, *arguments: Any) -> None:
+        thread = threading.Thread(target=target, args=arguments, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _accept(self) -> None:
         with suppress(OSError):  # The socket was closed.
             while True:
-                opened, _ = self._server.accept()
-                connection: Connection[Any, Any] = Connection(os.dup(opened.fileno()))
-                try:
-                    deliver_challenge(connection, self.address.key)
-                    answer_challenge(connection, self.address.key)
-                    hello: Hello = connection.recv()
-                    handle = reduction.recv_handle(connection)
-                except (AuthenticationError, EOFError, OSError):  # Not one of ours.
-                    opened.close()
-                    continue
-                memory = mmap.mmap(handle, hello.ring_bytes)
-                os.close(handle)
-                self._sockets.append(opened)
-                thread = threading.Thread(
-                    target=self._read, args=(hello.rank, connection, memory), name=f"kava-inbox-{hello.rank}"
-                )
-                thread.daemon = True
-                self._threads.append(thread)
-                thread.start()
+                opened, _ = self._listening.socket.accept()
                 with self._changed:
-                    self.pids[hello.rank] = hello.pid
-                    self._changed.notify_all()
+                    self._sockets.append(opened)
+                # On a thread of its own: who is silent keeps nobody else waiting.
+                self._start(self._greet, "kava-inbox-caller", opened)
+
+    def _greet(self, opened: socket.socket) -> None:
+        """Listen to a caller that proves to be a worker; hang up on any other."""
+        try:
+            connection = welcome(opened, self.address.key)
+        except (AuthenticationError, EOFError, OSError):
+            self._forget(opened)
+            return
+        try:
+            hello: Hello = connection.recv()
+            handle = reduction.recv_handle(connection)
+            wait_forever(opened)
+        except (EOFError, OSError):
+            connection.close()
+            self._forget(opened)
+            return
+        memory = mmap.mmap(handle, hello.ring_bytes)
+        os.close(handle)
+        with self._changed:
+            self.pids[hello.rank] = hello.pid
+            self._changed.notify_all()
+        self._read(hello.rank, connection, memory)
+
+    def _forget(self, opened: socket.socket) -> None:
+        with self._changed:
+            self._sockets.remove(opened)
+        opened.close()
 
     def _read(self, rank: int, connection: Connection[Any, Any], memory: mmap.mmap) -> None:
         with connection, suppress(EOFError, OSError):
@@ -266,3 +295,9 @@ class Inbox:
                 else:
                     self._on_note(rank, note, None)
         self._on_note(rank, None, None)
+
+
+def _shut(opened: socket.socket) -> None:
+    """Wake whoever reads from a socket or waits for a caller."""
+    with suppress(OSError):
+        opened.shutdown(socket.SHUT_RDWR)

@@ -24,6 +24,7 @@ from ...hub import find_model, load_model, load_tokenizer, stop_token_ids, token
 from ...progress import progress
 from ...store import KVSample, Split
 from ...store.files import write_atomic
+from ..found_recipe import find_recipe, load_found_recipe
 from ..recipe import load_recipe
 from ..run import Run
 from ..stages import TrainStage
@@ -63,10 +64,12 @@ class Student:
             if (status := stage.status()).state != "complete":
                 raise StageError(f"{stage.output} is {status.state} ({status.detail or 'not trained'}); kava train")
             return cls(stage.output, run)
-        beside = path / "recipe.yaml"
-        if recipe is None and not beside.is_file():
+        if recipe is not None:
+            return cls(path, Run(load_recipe(recipe, overrides)))
+        beside = find_recipe(path)
+        if beside is None:
             raise RecipeError(f"{path} has no recipe.yaml, which training leaves there; say --recipe RECIPE")
-        return cls(path, Run(load_recipe(recipe or beside, overrides)))
+        return cls(path, Run(load_found_recipe(beside, overrides)))
 
 
 class CorpusSamples:

@@ -213,13 +213,15 @@ def _find(store: KVStore, sample: str) -> int:
 
 
 def _run_of(path: Path, recipe: Path | None) -> Run | None:
-    """The run that the store belongs to: by the recipe given, or the one saved in the run's folder."""
+    """Return the run that the store belongs to: by the recipe given, or the one saved in the run's folder."""
+    from ..found_recipe import find_recipe, load_found_recipe
     from ..recipe import load_recipe
     from ..run import Run
 
-    beside = [folder / "recipe.yaml" for folder in (path.resolve().parent, path.resolve().parent.parent)]
-    found = recipe or next((p for p in beside if p.is_file()), None)
-    return None if found is None else Run(load_recipe(found))
+    if recipe is not None:
+        return Run(load_recipe(recipe))
+    beside = find_recipe(path.resolve().parent, path.resolve().parent.parent)
+    return None if beside is None else Run(load_found_recipe(beside))
 
 
 def _text_and_tokenizer(store: KVStore, sample: KVSample, run: Run | None) -> tuple[bytes | None, Any]:

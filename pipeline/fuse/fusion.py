@@ -17,6 +17,7 @@ import numpy as np
 from ...errors import AlignmentError, StageError, StoreError, StoreNotFoundError
 from ...store import ExtraArray, KVSample, KVStore, Manifest, ModelIdentity, Split, digest_json
 from ...store.files import disk_errors, write_atomic
+from ...store.safe_json import read_json_object
 from ..maps.moments import NAMES
 from .rules import RULES, Array, Blend, Correlations, Weighting
 
@@ -97,6 +98,10 @@ class Survey:
     """Samples that are not finite in the storage dtype, with the reason."""
 
 
+FUSION_BYTES: Final = 256 << 20
+"""Size limit of a saved fusion, which names every sample that overflowed."""
+
+
 @dataclass(frozen=True)
 class Fusion:
     """How to fuse: everything that is the same for all samples."""
@@ -136,7 +141,10 @@ class Fusion:
             StoreError: if it is none.
         """
         try:
-            raw = json.loads(path.read_text())
+            raw = read_json_object(path, FUSION_BYTES)
+        except FileNotFoundError:
+            raise StoreNotFoundError(f"{path} is not made yet; kava fuse") from None
+        try:
             arrays = {name: _arrays(raw[name]) for name in ("mean", "std", "correlation")}
             survey = raw["survey"]
             if survey is not None:
@@ -149,9 +157,7 @@ class Fusion:
                 Blend(teachers=tuple(raw["teachers"]), share=np.array(raw["share"]), **arrays),
                 survey,
             )
-        except FileNotFoundError:
-            raise StoreNotFoundError(f"{path} is not made yet; kava fuse") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise StoreError(f"{path} is not readable: {error}; remove it, kava fuse makes it again") from None
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import AlignmentError, StageError
 from ...store import KVGeometry
-from ...store.files import write_atomic
+from ...store.files import check_regular, write_atomic
+from ...store.safe_json import parse_json, shortened
 from .layers import LayerMap
 
 if TYPE_CHECKING:
@@ -79,14 +80,37 @@ class Projector:
         from safetensors import SafetensorError, safe_open
 
         try:
+            check_regular(path)
             with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {})["kava_projector"])
+                header = parse_json((file.metadata() or {})["kava_projector"].encode(), path)
                 source, target = (KVGeometry(**header[side]) for side in ("source", "target"))
                 layers = range(target.num_layers)
                 parts = {
                     kind: {n: [file.get_tensor(f"{n}.{i}.{kind}") for i in layers] for n in ("keys", "values")}
                     for kind in ("weight", "bias")
                 }
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            _check_shapes(header, source, target, parts)
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise StageError(f"projector {path} cannot be read: {error}; rerun with --force project") from None
         return cls(source, target, header["layers"], parts["weight"], parts["bias"], header["card"])
+
+
+def _check_shapes(header: dict[str, Any], source: KVGeometry, target: KVGeometry, parts: dict[str, Any]) -> None:
+    """Check that the tensors of a projector are those that its header describes.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    layers = header["layers"]
+    if len(layers) != target.num_layers:
+        raise ValueError(f"it maps {len(layers)} layers to {target.num_layers}")
+    for index, sources in enumerate(layers):
+        if not sources or any(type(n) is not int or not 0 <= n < source.num_layers for n in sources):
+            raise ValueError(f"layer {index} reads the layers {shortened(sources)} of {source.num_layers}")
+        shapes = {"weight": (len(sources) * source.width, target.width), "bias": (target.width,)}
+        for kind, shape in shapes.items():
+            for name, tensors in parts[kind].items():
+                if tuple(tensors[index].shape) != shape:
+                    raise ValueError(f"{name}.{index}.{kind} has shape {tuple(tensors[index].shape)}, expected {shape}")
+    if not isinstance(header["card"], dict):
+        raise ValueError("its card is no object")

@@ -6,7 +6,6 @@ A part of the page whose numbers are not there yet says which command makes them
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,7 +15,8 @@ from typing import Any
 
 from ...errors import KavaError, StageError
 from ...store import KVStore
-from ...store.files import write_atomic
+from ...store.files import read_small, write_atomic
+from ...store.safe_json import JSON_BYTES, LOG_BYTES, read_json_object
 from ..compare_stage import SUMMARY, outdated
 from ..places import RECORD, read_record
 from ..run import Run
@@ -93,10 +93,9 @@ def _files(folder: Path) -> list[os.stat_result]:
 
 def _summary(run: Run) -> dict[str, Any] | None:
     try:
-        found: dict[str, Any] = json.loads((run.compare_dir / SUMMARY).read_text())
+        return read_json_object(run.compare_dir / SUMMARY, LOG_BYTES)
     except FileNotFoundError:
         return None
-    return found
 
 
 def _subtitle(run: Run) -> str:
@@ -201,7 +200,7 @@ def _evaluations(page: Page, run: Run) -> None:
     rows = []
     for path in [*sorted((run.root / "students").glob(f"*/{RESULT}")), *sorted(run.compare_dir.glob(f"*/{RESULT}"))]:
         try:
-            found = json.loads(path.read_text())
+            found = read_json_object(path)
         except (OSError, ValueError):
             continue
         tasks = [f"{task} {text}" for task, metrics in found.get("tasks", {}).items() for text in metric_texts(metrics)]
@@ -272,7 +271,8 @@ def _projection(page: Page, run: Run, project: bool, say: Callable[[str], None])
                 page.note(f"{name}: no report of the projection: {error}")
                 continue
         if _is_reported(run, name):
-            page.picture(Picture(picture.read_bytes(), f"Layer map and diagnostics of {name}'s projection", "png"))
+            data = read_small(picture, JSON_BYTES)
+            page.picture(Picture(data, f"Layer map and diagnostics of {name}'s projection", "png"))
         else:
             page.note(f"{name}: kava project --report measures the projection.")
 
@@ -285,8 +285,8 @@ def _is_reported(run: Run, name: str) -> bool:
     """Whether there is a projection report of the projector that made the targets, or would make them."""
     projector = run.projector_path(name)
     try:
-        report = json.loads(projector.with_suffix(".report.json").read_text())
-        card = json.loads(projector.with_suffix(".json").read_text())
+        report = read_json_object(projector.with_suffix(".report.json"))
+        card = read_json_object(projector.with_suffix(".json"))
     except (OSError, ValueError):
         return False
     return bool(projector.with_suffix(".png").is_file() and report.get("made_for") == card.get("made_for"))

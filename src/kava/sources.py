@@ -10,7 +10,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -80,6 +80,8 @@ def find_model(name: str, *, revision: str | None = None, trust_remote_code: boo
     location = name
     if name.startswith("package:"):
         package, _, inner = name.removeprefix("package:").partition("/")
+        if not package.isidentifier():  # Of a dotted name, Python would import the parent: that runs code.
+            raise ModelNotFoundError(f"model {name!r}: name a top-level package, as in package:PACKAGE/FILE")
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise ModelNotFoundError(f"model {name!r}: the Python package {package!r} is not installed here")
@@ -92,8 +94,17 @@ def find_model(name: str, *, revision: str | None = None, trust_remote_code: boo
         raise ModelNotFoundError(f"model {name!r}: there is no such file or folder; give a hub id or an existing path")
     else:
         return ModelSource(name, location, revision=revision, trust_remote_code=trust_remote_code)
+    _refuse_special(name, path)
     folder, gguf = (str(path.parent), path.name) if path.is_file() else (str(path), None)
     return ModelSource(name, folder, gguf, revision, trust_remote_code, file_stamp(path))
+
+
+def _refuse_special(name: str, path: Path) -> None:
+    """Refuse a pipe, socket or device in the place of a file of a model: a library would read it without end."""
+    with suppress(PermissionError):  # Whoever loads the model reports it.
+        for file in [path] if not path.is_dir() else path.iterdir():
+            if file.exists() and not file.is_file() and not file.is_dir():
+                raise ModelNotFoundError(f"model {name!r}: {file} is a named pipe, a socket or a device. Remove it")
 
 
 @cache

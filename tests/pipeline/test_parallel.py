@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import ssl
 import threading
 import time
 from contextlib import closing
@@ -17,6 +19,7 @@ from fixtures.tasks import dies, fails
 
 from kava.errors import KavaError, RecipeError, RetryLaterError
 from kava.pipeline import load_recipe
+from kava.pipeline.local_cluster import local_client
 from kava.pipeline.parallel import ahead, run_parts
 from kava.pipeline.run import Run
 from kava.pipeline.store_stages import ProjectStage
@@ -113,6 +116,52 @@ def test_an_error_of_a_task_is_the_commands(scheduler: str | None) -> None:
         run_parts(fails, range(4), scheduler=scheduler, on_part=lambda part: None)
 
 
+def _listening() -> dict[tuple[str, int], psutil.Process]:
+    """Every address on which this process or one below it takes connections from a network."""
+    here = psutil.Process()
+    return {
+        tuple(found.laddr): process
+        for process in [here, *here.children(recursive=True)]
+        for found in process.net_connections("inet")
+        if found.status == psutil.CONN_LISTEN
+    }
+
+
+def _answer(opened: socket.socket) -> bytes:
+    with opened:
+        try:
+            opened.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            return opened.recv(1 << 16)
+        except (ssl.SSLError, ConnectionError):
+            return b""
+
+
+def test_worker_processes_take_work_from_nobody_else() -> None:
+    """Every listening socket is on the loopback address and speaks TLS, and refuses who does not have its key."""
+    from distributed import Client, Security
+
+    before = set(_listening())
+    with local_client(2) as client:
+        client.wait_for_workers(2, timeout=60)
+        found = {address: process for address, process in _listening().items() if address not in before}
+        assert len(found) == 5  # The scheduler, two workers, and the two nannies that watch them.
+        assert client.scheduler.address in {f"tls://{host}:{port}" for host, port in found}
+        for host, port in found:
+            assert host == "127.0.0.1"
+            assert b"HTTP" not in _answer(socket.create_connection((host, port), timeout=10))
+            context = ssl.create_default_context()
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            encrypted = context.wrap_socket(socket.create_connection((host, port), timeout=10))
+            assert encrypted.version() == "TLSv1.3"
+            assert _answer(encrypted) == b""  # A client without a certificate is refused when it reads.
+        for security in (Security.temporary(), None):
+            scheme = "tcp" if security is None else "tls"
+            address = client.scheduler.address.replace("tls", scheme)
+            with pytest.raises(OSError, match=r"Timed out|TLS|reset"):
+                Client(address, security=security, timeout="2s")
+        assert client.submit(abs, -3).result(timeout=30) == 3
+
+
 @pytest.mark.slow
 def test_workers_that_keep_dying_end_the_run() -> None:
     with pytest.raises(RetryLaterError, match="workers died again and again"):
@@ -126,6 +175,8 @@ def test_a_scheduler_that_is_not_there() -> None:
 
 
 def test_schedulers_that_are_none() -> None:
+    with pytest.raises(RecipeError, match=r"--scheduler tls://127\.0\.0\.1:9: TLS needs a certificate"):
+        run_parts(fails, [0], scheduler="tls://127.0.0.1:9", on_part=lambda part: None)
     for wrong in ("processes:none", "processes:0", "nonsense"):
         with pytest.raises(RecipeError, match="--scheduler"):
             run_parts(fails, [0], scheduler=wrong, on_part=lambda part: None)

@@ -26,7 +26,7 @@ ARRAYS = (
 
 
 def _zarr(path: Path) -> np.ndarray[Any, Any]:
-    return np.asarray(zarr.open_array(path, mode="r")[:])
+    return np.asarray(zarr.open_array(path, mode="r", zarr_format=3)[:])
 
 
 def _tensorstore(path: Path) -> np.ndarray[Any, Any]:
@@ -41,7 +41,7 @@ def _zarrs(path: Path, *, strict: bool = True) -> np.ndarray[Any, Any]:
     import zarrs  # noqa: F401  (registers its pipeline)
 
     with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "codec_pipeline.strict": strict}):
-        return np.asarray(zarr.open_array(path, mode="r")[:])
+        return np.asarray(zarr.open_array(path, mode="r", zarr_format=3)[:])
 
 
 READERS: dict[str, Callable[[Path], np.ndarray[Any, Any]]] = {

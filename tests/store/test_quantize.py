@@ -121,7 +121,7 @@ def test_errors_are_within_half_a_scale_and_zarr_decodes_the_same_bits(
         writer.commit()
     assert not store.failed
     assert store.verify() == []
-    group = zarr.open_group(store.path / "parts/00000", mode="r")
+    group = zarr.open_group(store.path / "parts/00000", mode="r", zarr_format=3)
     for position, wanted in enumerate(samples):
         found = store[position]
         for name in ("keys", "values"):
@@ -138,7 +138,7 @@ def test_the_documents_example_decodes_the_same_bits(tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "docs/store-format.md").read_text()
     (example,) = re.findall(r"```python\n(def bfloat16.*?)```", text, re.S)
     store, samples = write_store(tmp_path / "s.zarr", LENGTHS, codec="int8", samples_per_part=7)
-    part = zarr.open_group(store.path / "parts/00000", mode="r")
+    part = zarr.open_group(store.path / "parts/00000", mode="r", zarr_format=3)
     for position in range(len(samples)):
         start, length = (int(part[name][position]) for name in ("start", "length"))  # type: ignore[index, arg-type]
         names: dict[str, Any] = {"torch": torch, "part": part, "start": start, "length": length}

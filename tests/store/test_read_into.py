@@ -28,7 +28,7 @@ ROOM = 20
 def by_zarr(store: KVStore, index: int, name: str) -> np.ndarray[Any, Any]:
     """`keys` or `values` of a sample, from what zarr-python reads; a lossy codec's formula in NumPy, row by row."""
     number, position = divmod(index, store.manifest.samples_per_part)
-    group = zarr.open_group(store.path / f"parts/{number:05d}", mode="r")
+    group = zarr.open_group(store.path / f"parts/{number:05d}", mode="r", zarr_format=3)
     start, length = (int(np.asarray(group[array])[position]) for array in ("start", "length"))
     dtype, page = store.dtype, store.manifest.page_tokens
     if store.manifest.codec not in LOSSY:

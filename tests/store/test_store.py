@@ -117,7 +117,7 @@ def test_any_shape_round_trips_and_zarr_agrees(
     for index, (found, wanted) in enumerate(zip(store, samples, strict=True)):
         _equal(found, wanted, getattr(torch, dtype))
         part, position = divmod(index, per_part)
-        group = zarr.open_group(path / "parts" / f"{part:05d}", mode="r")
+        group = zarr.open_group(path / "parts" / f"{part:05d}", mode="r", zarr_format=3)
         start, length = (int(group[name][position]) for name in ("start", "length"))  # type: ignore[index, arg-type]
         assert start % page == 0
         raw = np.asarray(group["keys"][start : start + length])  # type: ignore[index]
@@ -138,7 +138,7 @@ def test_shards_follow_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(shards) == math.ceil(sum(-(-n // 4) for n in LENGTHS) / 3)
     for found, wanted in zip(store, samples, strict=True):
         _equal(found, wanted, torch.bfloat16)
-    whole = np.asarray(zarr.open_array(tmp_path / "s.zarr/parts/00000/keys", mode="r")[:])
+    whole = np.asarray(zarr.open_array(tmp_path / "s.zarr/parts/00000/keys", mode="r", zarr_format=3)[:])
     start = int(store.part(0).starts[5])
     np.testing.assert_array_equal(whole[start : start + 12], DTYPES["bfloat16"].to_numpy(samples[5].keys))
 
