@@ -7,22 +7,11 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, Final, cast
 
 from ..errors import CorpusError
+from ..store.safe_json import unique_keys
 
 _BLOCK: Final = 1 << 20
 _SPACE: Final = " \t\r\n"
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object, in which no key may occur twice: Python's parser keeps the last one and drops the others."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {twice!a} occurs twice in one object")
-    return found
-
-
-_DECODER: Final = json.JSONDecoder(object_pairs_hook=_unique)
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 
 def json_lines(stream: BinaryIO, label: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -98,7 +98,7 @@ def parse_json(data: bytes, where: Path | str, limit: int = JSON_BYTES) -> Any:
         _check_depth(text, limit // BYTES_PER_CONTAINER)
         # Python calls the hooks once per number, so they are left out where no number can be too long.
         hooks: dict[str, Any] = {"parse_int": _integer, "parse_float": _float} if _LONG_NUMBER.search(text) else {}
-        return json.loads(text, object_pairs_hook=_unique_keys, **hooks)
+        return json.loads(text, object_pairs_hook=unique_keys, **hooks)
     except (ValueError, RecursionError, MemoryError) as error:
         reason = "it does not fit into memory" if isinstance(error, MemoryError) else str(error)
         raise DamagedStoreError(f"{where} is not readable: {reason}") from None
@@ -120,7 +120,12 @@ def _check_depth(text: str, most: int) -> None:
             depth -= 1
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object in which no key occurs twice, for `object_pairs_hook`: Python's parser would keep the last one.
+
+    Raises:
+        ValueError: naming the key.
+    """
     value = dict(pairs)
     if len(value) != len(pairs):
         seen: set[str] = set()
