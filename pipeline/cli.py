@@ -147,9 +147,9 @@ def extract(
     if retry_failed and force:
         raise RecipeError("--retry-failed goes without --force, which captures everything again")
     if retry_failed:
-        from .repair import drop_failed
+        from .repair import retry_failed as retry
 
-        drop_failed(loaded, _teachers(loaded, teacher), share)
+        retry(loaded, _teachers(loaded, teacher), share, say)
     _run(loaded, ["generate", "extract"], frozenset({"extract"} if force else ()), None, teacher, share, only_failed)
 
 

@@ -20,11 +20,12 @@ from .dtypes import DType, dtype_of
 from .files import disk_errors, reading, remove, size_of, write_atomic
 from .fingerprint import digest_json
 from .geometry import KVGeometry
+from .leftovers import remove_leftovers
 from .lock import Lock
 from .manifest import Manifest
 from .part import part_name
 from .part_reader import PartReader
-from .part_writer import PartWriter, remove_leftovers
+from .part_writer import PartWriter
 from .sample import KVBatch, KVSample, Segment, Split, collate
 from .table import header_bytes, read_header
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 _OPEN_PARTS: Final = 64
 _ASIDE: Final = ".aside-"
+OUTDATED: Final = ".outdated-"
+"""Prefix of a part that is hidden until it is written again; see `part_exchange`."""
 _CLAIM: Final = ".claim-"
 
 _PARTS: Final = threading.Lock()
@@ -257,13 +260,14 @@ class KVStore(Sequence[KVSample]):
 
     def committed_parts(self) -> list[int]:
         """Numbers of the parts that are written; what lies in a part's place and is none counts, as a damaged one."""
-        return self._parts_named("")
+        return self.parts_named("")
 
     def parts_set_aside(self) -> list[int]:
         """Numbers of the parts that were taken out and not written again yet."""
-        return self._parts_named(_ASIDE)
+        return self.parts_named(_ASIDE)
 
-    def _parts_named(self, prefix: str) -> list[int]:
+    def parts_named(self, prefix: str) -> list[int]:
+        """Return the numbers of parts that lie under a name with this prefix."""
         names = (p.name.removeprefix(prefix) for p in (self.path / "parts").glob(f"{prefix}[0-9]*"))
         found = sorted(int(name) for name in names if re.fullmatch(r"[0-9]+", name) and name == part_name(int(name)))
         return [index for index in found if index < self.manifest.num_parts]
@@ -281,8 +285,11 @@ class KVStore(Sequence[KVSample]):
         """Says that this process is at a part; None if another is, and `wait` is not set.
 
         Whoever holds the claim looks whether the part is there by now. It saves work, no more: see `Lock`.
+
+        Raises:
+            StoreNotFoundError: if the store was moved to another place meanwhile, as a rebuild is that is complete.
         """
-        return Lock.take(self.path / "parts" / f"{_CLAIM}{part_name(index)}", wait=wait)
+        return Lock.take(self.path / "parts" / f"{_CLAIM}{part_name(index)}", wait=wait, create=False)
 
     def holds(self, index: int) -> bool:
         """Whether a part is written."""
@@ -290,31 +297,33 @@ class KVStore(Sequence[KVSample]):
 
     def drop_part(self, index: int) -> None:
         """Removes a part, so that it is written again; derived parts notice by its digest."""
-        self._forget(index)
+        self.forget(index)
         with disk_errors(self.path):
             doomed = self.path / "parts" / f".drop-{part_name(index)}"
             remove(doomed)
             (self.path / "parts" / part_name(index)).rename(doomed)
             remove(doomed)
 
-    def _forget(self, index: int) -> None:
+    def forget(self, index: int) -> None:
+        """Close the reader of a part, which another one replaces."""
         with _PARTS:
             self._parts.pop(index, None)
 
     def set_aside(self, index: int) -> None:
         """Takes a part out, but keeps it under a hidden name until it is written again: see `remove_set_aside`."""
-        self._forget(index)
+        self.forget(index)
         with disk_errors(self.path):
             hidden = self.path / "parts" / f"{_ASIDE}{part_name(index)}"
             remove(hidden)
             (self.path / "parts" / part_name(index)).rename(hidden)
 
     def remove_set_aside(self) -> None:
-        """Removes parts that were set aside and are written again."""
+        """Remove parts that were set aside or hidden and are written again."""
         with disk_errors(self.path):
-            for index in set(self.parts_set_aside()) & set(self.committed_parts()):
-                with suppress(FileNotFoundError):  # Another process that opens the store may be at it.
-                    remove(self.path / "parts" / f"{_ASIDE}{part_name(index)}")
+            for prefix in (_ASIDE, OUTDATED):
+                for index in set(self.parts_named(prefix)) & set(self.committed_parts()):
+                    with suppress(FileNotFoundError):  # Another process that opens the store may be at it.
+                        remove(self.path / "parts" / f"{prefix}{part_name(index)}")
 
     def indices(self, split: Split | None = None) -> list[int]:
         """Samples that are written and did not fail, of one split or of all."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import AlignmentError, StageError
 from ...store import KVGeometry
-from ...store.files import write_atomic
+from ...store.files import disk_errors, write_atomic
 from .layers import LayerMap
 
 if TYPE_CHECKING:
@@ -90,3 +90,18 @@ class Projector:
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise StageError(f"projector {path} cannot be read: {error}; rerun with --force project") from None
         return cls(source, target, header["layers"], parts["weight"], parts["bias"], header["card"])
+
+
+def move_projector(path: Path, final: Path) -> None:
+    """Give a saved projector another name on the same file system, with its card."""
+    with disk_errors(final):
+        for source, target in ((path, final), (path.with_suffix(".json"), final.with_suffix(".json"))):
+            if source.exists():
+                source.replace(target)
+
+
+def remove_projector(path: Path) -> None:
+    """Remove a saved projector, with its card."""
+    with disk_errors(path):
+        for file in (path, path.with_suffix(".json")):
+            file.unlink(missing_ok=True)
