@@ -327,7 +327,11 @@ def _commit(source: ModelSource) -> str | None:
 def _loading(source: ModelSource) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:
+        from safetensors import SafetensorError  # It has no base that says more than Exception.
+
+        if not isinstance(error, OSError | ValueError | KeyError | ImportError | SafetensorError):
+            raise
         if not source.is_local and not hub_reachable():
             raise HubUnreachableError(source.name) from error
         reason = str(error).strip().split("\n")[0] or type(error).__name__
