@@ -17,9 +17,9 @@ from pathlib import Path
 
 from ..errors import BusyError, DamagedStoreError, KavaError, StageError
 from ..store import KVStore, Lock, locked
-from ..store.leftovers import builders_path
+from ..store.leftovers import builders_path, remove_beside
 from ..store.maker import hold, mark
-from ..store.replace import next_path, settle
+from ..store.replace import next_path
 from ..train.ranks import Ranks
 from .cluster.share import ALL, Share, format_parts
 from .generate_stage import GenerateStage
@@ -147,7 +147,7 @@ def _prepare(stage: Stage, force: bool, say: Say, held: ExitStack) -> str:
         StageError: if inputs are missing, or the output is stale and costly and `force` is not set.
         DamagedStoreError: if the output is damaged and `force` is not set.
     """
-    settle(stage.output)
+    remove_beside(stage.output)
     status = stage.status()
     if status.state == "blocked":
         raise StageError(status.detail)

@@ -55,7 +55,7 @@ def run_parts(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        # A pool of its own: after an error, tasks that run on are waited for, and nothing is written after this returns.
+        # A pool of its own: after an error, tasks that still run are waited for. Nothing is written after that.
         with done, ThreadPoolExecutor(num_cpus(), "kava-part") as pool:
             dask.compute(*tasks, scheduler=scheduler or "threads", pool=pool, optimize_graph=False)
     finally:

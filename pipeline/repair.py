@@ -20,6 +20,7 @@ from ..store.table import header_bytes
 from .capture_stages import ExtractStage
 from .cluster import ALL, Share
 from .cluster.share import format_parts
+from .leftovers import remove_all
 from .make import stage_lock
 from .run import Run
 from .stages import stages_of
@@ -54,6 +55,8 @@ def repair(
 ) -> list[Repaired]:
     """Checks every store of a run that is there, and makes damaged parts again from the teacher or their parents.
 
+    What killed processes left beside the outputs is removed, once nobody holds its lock.
+
     Args:
         run: the run.
         only: the name or label of a stage, or the path of its store: only that one.
@@ -81,6 +84,8 @@ def repair(
         run.teacher(teacher)
         stages = [stage for stage in stages if stage.teacher == teacher]
     found = [repair_stage(stage, failed=failed, share=share, scheduler=scheduler, say=say) for stage in stages]
+    everything = only is None and teacher is None
+    remove_all(stages_of(run) if everything else stages, say)
     return [repaired for repaired in found if repaired is not None]
 
 

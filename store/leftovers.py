@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from .files import remove
+from .files import disk_errors, remove
 from .lock import Lock, is_held
 from .maker import host_of, is_abandoned, lock_of
 from .replace import discarded_path, next_path, note_path, settle
@@ -86,27 +86,36 @@ def is_being_built(output: Path) -> bool:
     return any(is_held(lock) for lock in locks)
 
 
+def remove_temporary(output: Path) -> None:
+    """Remove folders beside `output` that dead processes of this host were writing before they gave them its name."""
+    for leftover in _beside(output, any_host=False):
+        if leftover.use == "abandoned" and leftover.path not in (next_path(output), discarded_path(output)):
+            remove_leftover(leftover)
+
+
 def remove_beside(output: Path) -> None:
     """Remove what is left of exchanges of `output` that were interrupted, and locks of dead processes."""
     settle(output)
-    remove(discarded_path(output))
+    if os.path.lexists(discarded_path(output)):  # On read-only media even removing nothing is an error.
+        with disk_errors(output):
+            remove(discarded_path(output))
     for lock in output.parent.glob(f".{_escaped(output.name)}.next-*.lock"):
         if (taken := Lock.take(lock)) is not None:
             taken.release()
 
 
-def _beside(output: Path) -> Iterator[Leftover]:
+def _beside(output: Path, *, any_host: bool = True) -> Iterator[Leftover]:
     building: Use = "in use" if is_being_built(output) else "abandoned"
     if os.path.lexists(next_path(output)):
         kind = "being exchanged with the output" if note_path(output).exists() else "an unfinished rebuild"
         yield Leftover(next_path(output), kind, building)
     if os.path.lexists(discarded_path(output)):
         yield Leftover(discarded_path(output), "an output that was replaced", "abandoned")
-    prefix = f".tmp-{output.name}-"
-    for path in output.parent.glob(f".tmp-{_escaped(output.name)}-*"):
-        mark = path.name.removeprefix(prefix)
-        if host_of(mark) is not None:
-            yield Leftover(path, *_written_by(path, mark, any_host=True))
+    for name in (output.name, next_path(output).name):
+        for path in output.parent.glob(f".tmp-{_escaped(name)}-*"):
+            mark = path.name.removeprefix(f".tmp-{name}-")
+            if host_of(mark) is not None:
+                yield Leftover(path, *_written_by(path, mark, any_host=any_host))
 
 
 def _inside(root: Path, *, any_host: bool = True) -> Iterator[Leftover]:

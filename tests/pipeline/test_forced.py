@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,28 +47,39 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path])
     return recipe
 
 
-@pytest.fixture
-def spoil(made: Path) -> Iterator[Any]:
-    """Truncates a file, removes a folder or flips a byte below the recipe's folder, until the test is over."""
-    restore = []
+class Spoiler:
+    """Spoils files and folders below a folder, until `undo`."""
 
-    def spoiled(name: str, how: str = "truncate") -> None:
-        path = made.parent / name
+    def __init__(self, root: Path) -> None:
+        self._root, self._undo = root, list[Callable[[], object]]()
+
+    def __call__(self, name: str, how: str) -> None:
+        """Truncates a file, removes a folder or flips a byte."""
+        path = self._root / name
         if how == "remove":
             aside = path.with_name(f"{path.name}.away")
             path.rename(aside)
-            restore.append(lambda: aside.rename(path))
+            self._undo.append(lambda: aside.rename(path))
             return
         data = path.read_bytes()
-        restore.append(lambda: overwrite(path, data))
+        self._undo.append(lambda: overwrite(path, data))
         if how == "truncate":
             overwrite(path, data[: len(data) // 2])
         else:
             flip(path, len(data) // 2)
 
-    spoiled.undo = lambda: [undo() for undo in restore[::-1]] and restore.clear()  # type: ignore[attr-defined]
-    yield spoiled
-    spoiled.undo()  # type: ignore[attr-defined]
+    def undo(self) -> None:
+        """Puts everything back as it was."""
+        while self._undo:
+            self._undo.pop()()
+
+
+@pytest.fixture
+def spoil(made: Path) -> Iterator[Spoiler]:
+    """For what lies beside the recipe."""
+    spoiler = Spoiler(made.parent)
+    yield spoiler
+    spoiler.undo()
 
 
 def _states(recipe: Path, *options: str) -> dict[str, str]:
@@ -88,7 +99,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("label", CASES)
-def test_what_cannot_be_made_again_stays(made: Path, spoil: Any, label: str) -> None:
+def test_what_cannot_be_made_again_stays(made: Path, spoil: Spoiler, label: str) -> None:
     before = tree(made.parent / "run" / OUTPUTS[label])
     spoil(*CASES[label])
     stage = label.split()[0]
@@ -104,7 +115,7 @@ def test_what_cannot_be_made_again_stays(made: Path, spoil: Any, label: str) -> 
 
 
 @pytest.mark.parametrize("label", ["extract big", "project big", "resample big", "select big"])
-def test_a_share_that_cannot_be_made_again_stays(made: Path, spoil: Any, label: str) -> None:
+def test_a_share_that_cannot_be_made_again_stays(made: Path, spoil: Spoiler, label: str) -> None:
     before = tree(made.parent / "run" / OUTPUTS[label])
     spoil(*CASES[label])
     stage = label.split()[0]
@@ -125,7 +136,7 @@ def test_a_training_that_diverges_leaves_the_student(made: Path) -> None:
     assert [path.name for path in students.iterdir()] == ["kv"]
 
 
-def test_a_view_whose_targets_are_incomplete_stays(made: Path, spoil: Any) -> None:
+def test_a_view_whose_targets_are_incomplete_stays(made: Path, spoil: Spoiler) -> None:
     view = ["-s", "fuse.materialize=false"]
     kava("fuse", made, *view)
     before = tree(made.parent / "run/fusion")
@@ -136,7 +147,7 @@ def test_a_view_whose_targets_are_incomplete_stays(made: Path, spoil: Any) -> No
     assert _states(made, *view)["fuse"] == "complete"
 
 
-def test_transcoding_a_damaged_source_leaves_the_copy(made: Path, spoil: Any, tmp_path: Path) -> None:
+def test_transcoding_a_damaged_source_leaves_the_copy(made: Path, spoil: Spoiler, tmp_path: Path) -> None:
     copy, part = tmp_path / "copy.zarr", "run/teachers/big.zarr/parts/00003"
     source = KVStore.open(made.parent / "run/teachers/big.zarr")
     kava("transcode", source.path, copy, "--codec", "none")
