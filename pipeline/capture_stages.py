@@ -9,11 +9,12 @@ from ..extract import Encoder
 from ..store import KVStore, Manifest
 from ..store.files import link, remove
 from ..store.replace import next_path
+from .capturing import capture
 from .describe import describe
 from .misfits import refuse_misfits
 from .run import Run
 from .stage import Status
-from .store_stages import StoreStage, capture
+from .store_stages import StoreStage
 from .teachers import open_teacher
 from .transform import student_encoder
 

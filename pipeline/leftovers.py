@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import KavaError
+from ..store.files import is_writable
 from ..store.leftovers import Leftover, leftovers_of, remove_beside, remove_leftover
 from ..store.replace import next_path
 from .run import Run
@@ -16,9 +19,13 @@ from .stages import stages_of
 def leftovers(run: Run) -> list[Leftover]:
     """Return every hidden file or folder of a run that no process is writing, and rebuilds that go on.
 
-    What living processes are writing is left out: it is gone when they are.
+    What living processes are writing is left out: it is gone when they are. So is what another user must not see.
     """
-    return [left for output in _outputs(run) for left in leftovers_of(output) if _is_named(left)]
+    named: list[Leftover] = []
+    for output in _outputs(run):
+        with suppress(PermissionError):
+            named += filter(_is_named, leftovers_of(output))
+    return named
 
 
 def remove_all(stages: Iterable[Stage], say: Callable[[str, str], None]) -> None:
@@ -27,6 +34,10 @@ def remove_all(stages: Iterable[Stage], say: Callable[[str, str], None]) -> None
     A rebuild that the next run would complete stays.
     """
     for stage in stages:
+        if not is_writable(stage.output.parent):
+            for leftover in filter(_is_named, leftovers_of(stage.output)):
+                say(stage.label, f"left alone, as nothing can be removed here: {describe_leftover(leftover)}")
+            continue
         for leftover in leftovers_of(stage.output):
             if leftover.use != "abandoned":
                 if _is_named(leftover):
@@ -67,6 +78,6 @@ def _outputs(run: Run) -> Iterator[Path]:
     """The outputs of every stage, and of trainings under another name than the recipe's."""
     outputs = [stage.output for stage in stages_of(run)]
     for folder in (run.trained_dir().parent, run.compare_dir):
-        for suffix in (".next", ".discarded"):
+        for suffix in (".next", ".discarded") if os.access(folder, os.R_OK | os.X_OK) else ():
             outputs += [p.with_name(p.name[1:].removesuffix(suffix)) for p in sorted(folder.glob(f".*{suffix}"))]
     yield from dict.fromkeys(outputs)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..errors import BusyError, DamagedStoreError, KavaError, StageError
 from ..store import KVStore, Lock, locked
+from ..store.files import is_writable
 from ..store.leftovers import builders_path, remove_beside
 from ..store.maker import hold, mark
 from ..store.replace import next_path
@@ -60,13 +61,23 @@ def run_stages(
         for stage in stages:
             if stage.name in force and not stage.splits:
                 raise stage.inseparable()
+    try:
+        _run_in_order(stages, force, scheduler, share, say, ranks or Ranks())
+    finally:
+        for stage in stages[:1]:
+            _remove_empty_folders(stage.run.root)
+
+
+def _run_in_order(
+    stages: list[Stage], force: frozenset[str], scheduler: str | None, share: Share, say: Say, ranks: Ranks
+) -> None:
     for number, stage in enumerate(stages):
         if isinstance(stage, StoreStage) and stage.splits:
             stage.share = share
         elif stage.splits:  # Its parts are other ones.
             stage.share = replace(share, parts=None)
         if isinstance(stage, TrainStage):
-            _train(stage, stage.name in force, ranks or Ranks(), say)
+            _train(stage, stage.name in force, ranks, say)
             continue
         if not share.is_all:
             _supply(stage, stages[:number], scheduler, say)
@@ -199,6 +210,16 @@ def _forget_if_empty(stage: Stage) -> None:
     with suppress(KavaError, OSError):  # What went wrong first is told.
         if os.path.lexists(stage.building) and not stage.is_begun():
             stage.forget()
+
+
+def _remove_empty_folders(root: Path) -> None:
+    """Remove the folders of a run in which a refused command wrote nothing, and the run's own if it is empty then."""
+    if not is_writable(root):
+        return
+    with suppress(OSError):
+        for folder in [*(path for path in root.iterdir() if path.is_dir() and not path.is_symlink()), root]:
+            with suppress(OSError):  # One that is not empty stays.
+                folder.rmdir()
 
 
 def _exchange_if_complete(stage: Stage, line: str) -> str:

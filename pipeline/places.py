@@ -6,15 +6,22 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
+from ..store.files import reading
+
 RECORD: Final = "kava.json"
 """What a folder of weights says of itself."""
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record in a folder of weights; empty if there is none that can be read."""
+    """The record in a folder of weights; empty if there is none, or it is no record.
+
+    Raises:
+        StoreError: if it must not be read: then nothing is known of the folder, least of all that it is stale.
+    """
     try:
-        record = json.loads((folder / RECORD).read_text())
-    except (OSError, ValueError):
+        with reading(folder / RECORD):
+            record = json.loads((folder / RECORD).read_text())
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError, json.JSONDecodeError):
         return {}
     return record if isinstance(record, dict) else {}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..errors import RecipeError, StageError, StoreError, StoreNotFoundError
 from ..progress import progress
 from ..store import KVStore, verify_store
-from ..store.files import write_atomic
+from ..store.files import is_writable, write_atomic
 from ..store.table import header_bytes
 from .capture_stages import ExtractStage
 from .cluster import ALL, Share
@@ -130,7 +130,8 @@ def repair_stage(
 
     What cannot be split is checked and made again by one process at a time: the next finds nothing to do.
     """
-    alone = not stage.splits and stage.output.exists()
+    # On read-only media no process writes, and it cannot be said that this one does.
+    alone = not stage.splits and stage.output.exists() and is_writable(stage.run.root)
     with stage_lock(stage, say) if alone else nullcontext():
         return _repair_stage(stage, failed, share, scheduler, say)
 

@@ -31,6 +31,16 @@ class Status:
     failed_samples: int | None = None
 
 
+def _denied(error: BaseException) -> str:
+    """Return the path that this user must not read, if that is what an error comes from; else an empty string."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, PermissionError):
+            return str(cause.filename or "its files")
+        cause = cause.__cause__ or cause.__context__
+    return ""
+
+
 @dataclass
 class Stage(ABC):
     """One output of a run."""
@@ -101,6 +111,8 @@ class Stage(ABC):
             state: State = "stale" if self.building.exists() else "blocked"
             return Status(state, str(error))
         except DamagedStoreError as error:
+            if _denied(error):  # Whether it is damaged, its owner can tell.
+                raise
             return Status("damaged", str(error))
 
     def look(self) -> Status:
@@ -110,7 +122,11 @@ class Stage(ABC):
         """
         try:
             return self.status()
-        except KavaError as error:
+        except (KavaError, OSError) as error:
+            if denied := _denied(error):
+                return Status("blocked", f"cannot be read: permission denied: {denied}")
+            if not isinstance(error, KavaError):
+                raise
             return self.uncompared(error)
 
     def uncompared(self, error: KavaError) -> Status:

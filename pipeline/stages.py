@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import StoreError
 from ..hub import find_model, load_tokenizer, model_geometry
 from ..progress import progress
 from ..store import Split
@@ -185,7 +186,9 @@ def trained_students(run: Run) -> list[dict[str, Any]]:
     """The records of all finished students of a run, with their folders."""
     found = []
     for path in sorted((run.root / "students").glob(f"[!.]*/{RECORD}")):
-        record = read_record(path.parent)
+        record: dict[str, Any] = {}
+        with suppress(StoreError):  # Another user's; the row of its stage says so.
+            record = read_record(path.parent)
         if "metrics" in record:
             found.append({**record, "path": str(path.parent)})
     return found

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import KavaError, StageError, StoreError, StoreNotFoundError
-from ..extract import Corpus, Encoder, Teacher, capture_store
 from ..progress import progress
 from ..store import KVStore, Manifest, digest_json, locked
-from ..store.part_exchange import manifest_at, replacing_outdated, scratch_store
+from ..store.files import remove
+from ..store.part_exchange import has_parts, manifest_at, replacing_outdated, scratch_store
+from .capturing import capture
 from .cluster.share import Share, format_parts
 from .describe import describe, short
-from .direct import capture_targets
 from .maps.project import fit_projector
 from .maps.projector import Projector, move_projector, remove_projector
 from .parallel import run_parts
@@ -51,7 +51,10 @@ class StoreStage(Stage):
             store = KVStore.open(self.building)
         except StoreNotFoundError:
             return Status("missing")
-        if found := store.manifest.differences(wanted):
+        found = store.manifest.differences(wanted)
+        if found and self._is_empty():
+            return Status("missing")  # A process was killed before its first part, under another recipe.
+        if found:
             return Status("stale", ", ".join(f"{n}: {short(old)} -> {short(new)}" for n, (old, new) in found.items()))
         parts = self.wanted(wanted)
         missing, total = set(parts) & set(store.missing_parts()), len(parts)
@@ -107,7 +110,13 @@ class StoreStage(Stage):
             there = manifest_at(self.output)
             if there is not None and not there.differences(manifest):
                 self.beside = None
+        there = manifest_at(self.building)
+        if there is not None and there.differences(manifest) and self._is_empty():
+            remove(self.building)
         return KVStore.create(self.building, manifest)
+
+    def _is_empty(self) -> bool:
+        return not self.building.is_symlink() and not has_parts(self.building)
 
     def current(self, store: KVStore) -> KVStore:
         """Return the store where it lies now: another process may have put it in the place of the old one."""
@@ -123,7 +132,7 @@ class StoreStage(Stage):
 
     def is_begun(self) -> bool:
         """Whether the store has parts, or another process is at one."""
-        return any((self.building / "parts").glob("[0-9]*")) or any((self.building / "parts").glob(".*-*"))
+        return has_parts(self.building)
 
     def summary(self, line: str) -> str:
         """Describe the output, in which the rebuild lies now."""
@@ -392,33 +401,6 @@ class ProjectStage(TransformStage):
             return False
         projector.save(self.run.projector_path(self._teacher))
         return True
-
-
-def capture(
-    stage: StoreStage,
-    store: KVStore,
-    corpus: Corpus,
-    encoder: Encoder,
-    teacher: Teacher,
-    *,
-    transform: Transform | None = None,
-) -> None:
-    """Runs a teacher over this process's missing parts, and writes what it gives, or targets made of that.
-
-    Raises:
-        KavaError: if the loaded model is not what its config promised.
-    """
-    if transform is None and teacher.geometry != store.geometry:
-        raise KavaError(f"{stage.label}: the loaded model has {teacher.geometry}, its config promised {store.geometry}")
-    parts, settings = stage.missing(store), stage.run.recipe.extract
-    samples = [index for part in parts for index in store.manifest.part_samples(part)]
-    total = sum(len(corpus.records[index].text.encode()) for index in samples)
-    # Text length is known at once, tokens only part by part: the bar counts bytes of text.
-    with progress(stage.label, total, "bytes of text") as advance:
-        if transform is None:
-            capture_store(store, corpus, encoder, teacher, settings, parts=parts, on_text=advance)
-        else:
-            capture_targets(transform, store, corpus, encoder, teacher, settings, parts=parts, on_text=advance)
 
 
 def _transform(run: Run, parent: KVStore, out: Path, fingerprint: str, resampler: str | None) -> Transform:

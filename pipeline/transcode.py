@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..errors import ManifestMismatchError, RecipeError
 from ..store import CODECS, DTYPES, LOSSY, KVStore, Manifest, PartReader, default_page_tokens, library_versions
-from ..store.part_exchange import replacing_outdated
+from ..store.part_exchange import removed_if_empty, replacing_outdated
 from .parallel import run_parts, walk
 
 
@@ -118,8 +118,18 @@ def transcode_store(
     if (out / "zarr.json").exists() and (found := KVStore.open(out).manifest.differences(manifest)):
         fields = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in found.items())
         raise ManifestMismatchError(f"{out} holds something else ({fields}); remove it, or write to a new folder")
-    made = KVStore.create(out, manifest)
-    work = Transcoding(str(here), str(out.resolve()))
+    with removed_if_empty(out):
+        return _transcode(source, KVStore.create(out, manifest), parts, scheduler, on_part)
+
+
+def _transcode(
+    source: KVStore,
+    made: KVStore,
+    parts: Collection[int] | None,
+    scheduler: str | None,
+    on_part: Callable[[int], None],
+) -> KVStore:
+    work = Transcoding(str(source.path.resolve()), str(made.path.resolve()))
     there = [part for part in source.committed_parts() if parts is None or part in parts]
 
     def outdated() -> list[int]:

@@ -52,6 +52,22 @@ def manifest_at(path: Path) -> Manifest | None:
         return None
 
 
+def has_parts(path: Path) -> bool:
+    """Return whether the store at a path has parts, or a process is at one."""
+    return any((path / "parts").glob("[0-9]*")) or any((path / "parts").glob(".*-*"))
+
+
+@contextmanager
+def removed_if_empty(path: Path) -> Iterator[None]:
+    """Remove the store at a path if what is done inside fails before it has a part."""
+    try:
+        yield
+    except BaseException:
+        if not has_parts(path):
+            remove(path)
+        raise
+
+
 @contextmanager
 def scratch_store(store: KVStore, parts: Collection[int]) -> Iterator[Path]:
     """Yield a folder inside a store in which these parts are to be rebuilt, as a store with the same manifest.

@@ -268,7 +268,13 @@ class KVStore(Sequence[KVSample]):
 
     def parts_named(self, prefix: str) -> list[int]:
         """Return the numbers of parts that lie under a name with this prefix."""
-        names = (p.name.removeprefix(prefix) for p in (self.path / "parts").glob(f"{prefix}[0-9]*"))
+        folder = self.path / "parts"
+        try:
+            with reading(folder):
+                entries = [entry.name for entry in folder.iterdir()]
+        except (FileNotFoundError, NotADirectoryError):
+            entries = []
+        names = (name.removeprefix(prefix) for name in entries if name.startswith(prefix))
         found = sorted(int(name) for name in names if re.fullmatch(r"[0-9]+", name) and name == part_name(int(name)))
         return [index for index in found if index < self.manifest.num_parts]
 
