@@ -22,12 +22,15 @@ from .tokens import Encoder, Tokens
 
 
 class CaptureSettings(BaseModel):
-    """How to capture. Nothing here determines what is captured, so it may change between two runs of one store."""
+    """How to capture. Nothing here changes the fingerprint, so it may change between two runs of one store.
+
+    What `batch_tokens` changes is rounding: each part states it, with the backend and the device, as `written_by`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     batch_tokens: PositiveInt = 4096
-    """Tokens in one forward pass; under Hugging Face padding included."""
+    """Tokens in one forward pass; under Hugging Face padding included. Another number rounds otherwise."""
     too_long: Literal["error", "skip"] = "error"
     """What to do with a sample longer than the teacher's context: stop, or record it as failed."""
     mix_backends: bool = False

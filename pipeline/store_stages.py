@@ -68,6 +68,8 @@ class StoreStage(Stage):
             state, detail = "complete", f"{total} parts{kept}"
         failed = len(store.failed)
         detail += f", {failed} failed samples" if failed else ""
+        if (ways := len(store.written_by)) > 1:
+            detail += f", written in {ways} ways that round differently (kava inspect)"
         return Status(state, detail, total - len(missing), total, len(outdated), failed)
 
     def uncompared(self, error: KavaError) -> Status:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -348,6 +348,11 @@ class KVStore(Sequence[KVSample]):
             for number in self.committed_parts()
             for position, sample_id in enumerate(self.part(number).ids)
         }
+
+    @property
+    def written_by(self) -> dict[str, int]:
+        """What computed the parts, with the number of parts of each; parts made from another store do not say."""
+        return dict(Counter(part.written_by for part in self._there() if part.written_by))
 
     @property
     def failed(self) -> dict[str, str]:

@@ -20,7 +20,7 @@ import numpy as np
 from ...errors import CaptureError, KavaError, RecipeError, RetryLaterError, UnsupportedModelError
 from ...hub import ModelSource, dense_source, load_config, model_geometry
 from ...store import KVGeometry
-from ..teacher import Captured
+from ..teacher import Captured, provenance
 from ..tokens import Tokens
 from .compat import forget_shared_memory, installed_version
 from .handover import Inbox
@@ -101,7 +101,7 @@ class VLLMTeacher:
         """
         self._config = load_config(source)
         self.max_tokens = max_prompt(self._config, settings)
-        self.backend = f"vllm {installed_version()}"
+        version = installed_version()
         _quiet()
         self.geometry: KVGeometry = model_geometry(source)
         self._output_dtype, self._settings, self._decoding = output_dtype, settings, decoding
@@ -114,6 +114,8 @@ class VLLMTeacher:
         try:
             self._llm = self._on_engine(self._start, dense_source(source), dtype, batch_tokens)
             self._attach()
+            tokens = settings.max_num_batched_tokens or batch_tokens
+            self.backend = provenance("vllm", version, _device_name(), tokens)
         except BaseException:
             self.close()
             raise
@@ -361,3 +363,10 @@ def _quiet() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+
+
+def _device_name() -> str:
+    """Kind and model of the device, by vLLM: asking torch would start CUDA in this process."""
+    from vllm.platforms import current_platform
+
+    return f"{current_platform.device_type} {current_platform.get_device_name()}"
