@@ -43,7 +43,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-Force = Annotated[bool, typer.Option("--force", help="Throw the output away and make it again.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Rebuild the output; the existing one stays until the new one is complete.")
+]
 
 
 @app.command()

@@ -234,7 +234,10 @@ def _exchange_if_complete(stage: Stage, line: str) -> str:
 
 
 def _supply(stage: Stage, before: list[Stage], scheduler: str | None, say: Say) -> None:
-    """Makes parts of earlier stages that this one cannot begin without, and that other processes have not made yet."""
+    """Makes parts of earlier stages that this one cannot begin without, and that other processes have not made yet.
+
+    An outdated part is one of them: what is made from it would be outdated too.
+    """
     try:
         inputs = stage.inputs()
     except KavaError:  # Told by its status, or when it is made.
@@ -242,7 +245,8 @@ def _supply(stage: Stage, before: list[Stage], scheduler: str | None, say: Say) 
     for number, earlier in enumerate(before):
         if not isinstance(earlier, StoreStage) or earlier.output not in inputs:
             continue
-        if absent := set(inputs[earlier.output]) & set(KVStore.open(earlier.output).missing_parts()):
+        store = KVStore.open(earlier.output)
+        if absent := set(inputs[earlier.output]) & {*store.missing_parts(), *earlier.outdated(store)}:
             rest = replace(earlier, share=Share(parts=frozenset(absent)))
             say(rest.label, f"parts {format_parts(absent)} of other shares are needed first")
             _supply(rest, before[:number], scheduler, say)
