@@ -87,7 +87,8 @@ EXAMPLES = {
 
 NOTES = {
     "run": "A stage that is up to date is skipped. A stale capture or training is not replaced without `--force`.",
-    "extract": "Goes on at the first missing part. `--retry-failed` first captures the parts with failed samples again; each old part stays until its new one is complete.",
+    "extract": "Goes on at the first missing part. `--retry-failed` first captures the parts with failed samples again;"
+    "\neach old part stays until its new one is complete.",
     "resample": "Optional: `kava project` resamples and projects in one pass. The resampled store is for looking at.",
     "project": "Makes the student and its reference first where they are missing; saves the projector too.\n\n"
     "`--report` prints a row for each student layer and writes `projectors/NAME.report.json` and\n"

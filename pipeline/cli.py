@@ -43,9 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-Force = Annotated[
-    bool, typer.Option("--force", help="Rebuild the output; the existing one stays until the new one is complete.")
-]
+Force = Annotated[bool, typer.Option("--force", help="Rebuild the output; the old one stays until it is complete.")]
 
 
 @app.command()

@@ -23,9 +23,7 @@ def compare(
     ] = None,
     force: Annotated[
         bool,
-        typer.Option(
-            "--force", help="Repeat the chosen trainings; each existing one stays until the new one is complete."
-        ),
+        typer.Option("--force", help="Repeat the chosen trainings; each old one stays until then."),
     ] = False,
     no_train: Annotated[bool, typer.Option("--no-train", help="Train nothing; compare what is finished.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary for programs.")] = False,
