@@ -29,6 +29,7 @@ from kava.pipeline.run import Run
 from kava.pipeline.stages import stages_of
 from kava.pipeline.store_stages import ProjectStage
 from kava.store import KVStore
+from kava.store.files import remove
 from kava.train import TrainSettings, train_student
 from kava.train.controls import TokenShuffledTargets
 from kava.train.data import Targets
@@ -116,7 +117,7 @@ def compare(run_for: Any, folder: Path, steps: int, seeds: int, out: Console) ->
         arm(name, run, store, 3.0)
         if name == "procrustes":
             arm("procrustes, shuffled", run, TokenShuffledTargets(store), 3.0)
-        ProjectStage(run, "teacher").discard()
+        remove(ProjectStage(run, "teacher").output)
     out.print(f"a student of {run.student_geometry}, {steps} steps of 8 samples")
     out.print(table)
 

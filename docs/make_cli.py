@@ -87,7 +87,8 @@ EXAMPLES = {
 
 NOTES = {
     "run": "A stage that is up to date is skipped. A stale capture or training is not replaced without `--force`.",
-    "extract": "Goes on at the first missing part. `--retry-failed` drops the parts with failed samples first.",
+    "extract": "Goes on at the first missing part. `--retry-failed` first captures the parts with failed samples again;"
+    "\neach old part stays until its new one is complete.",
     "resample": "Optional: `kava project` resamples and projects in one pass. The resampled store is for looking at.",
     "project": "Makes the student and its reference first where they are missing; saves the projector too.\n\n"
     "`--report` prints a row for each student layer and writes `projectors/NAME.report.json` and\n"
@@ -125,7 +126,9 @@ NOTES = {
     "repair": "Verifies every store of the recipe that is there. Damaged parts are set aside and made again:\n"
     "captures by the teacher, derived parts from their parents; a derived part whose parent has other bits now\n"
     "follows. A store that is as it was written is left alone, and so are parts that were never written.\n"
-    "Cut off, the same command goes on.",
+    "Cut off, the same command goes on. Afterwards it removes what killed processes left beside the outputs, once\n"
+    "nobody holds its lock: also what a host with another name left, such as a container. On read-only media it only\n"
+    "checks.",
     "transcode": "From one lossless codec to the other the content is the same, and `OUT` can take the place of "
     "`STORE`: what was made from it stays up to date, if the recipe's `codec` says the new one. A lossy codec or "
     "another dtype makes other content. Checksums are checked as chunks are read. [The format](../store-format.md) has "

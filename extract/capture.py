@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
-from ..errors import CorpusError, StoreError
+from ..errors import CorpusError, StoreError, StoreNotFoundError
 from ..store import BackgroundWriter, Derive, KVSample, KVStore, Lock, claimed
 from .corpus import Corpus, Record
 from .teacher import Captured, Teacher
@@ -21,12 +22,15 @@ from .tokens import Encoder, Tokens
 
 
 class CaptureSettings(BaseModel):
-    """How to capture. Nothing here determines what is captured, so it may change between two runs of one store."""
+    """How to capture. Nothing here changes the fingerprint, so it may change between two runs of one store.
+
+    What `batch_tokens` changes is rounding: each part states it, with the backend and the device, as `written_by`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     batch_tokens: PositiveInt = 4096
-    """Tokens in one forward pass; under Hugging Face padding included."""
+    """Tokens in one forward pass; under Hugging Face padding included. Another number rounds otherwise."""
     too_long: Literal["error", "skip"] = "error"
     """What to do with a sample longer than the teacher's context: stop, or record it as failed."""
     mix_backends: bool = False
@@ -70,10 +74,10 @@ def capture_store(
         _released(claims),
         BackgroundWriter(store, derive=derive, on_commit=lambda part: claims.pop(part).release()) as writer,
     ):
-        for part, claim in claimed(wanted, lambda part, wait: store.claim(part, wait=wait)):
+        for part, claim in claimed(wanted, partial(_claim, store)):
             claims[part] = claim
             indices = store.manifest.part_samples(part)
-            if store.holds(part):  # Another process made it meanwhile.
+            if store.holds(part) or not store.path.is_dir():  # Another process made it meanwhile.
                 claims.pop(part).release()
                 on_text(sum(corpus.text_bytes[i] for i in indices))
                 continue
@@ -100,6 +104,14 @@ def capture_store(
                     writer.append(position, _sample(record, tokens[position], captured))
                 on_text(record.num_bytes)
             writer.commit(sources, written_by=teacher.backend)
+
+
+def _claim(store: KVStore, part: int, wait: bool) -> Lock | None:
+    """The claim on a part; one that nobody holds if the store is complete and took the place of an older one."""
+    try:
+        return store.claim(part, wait=wait)
+    except StoreNotFoundError:
+        return Lock(store.path, None)
 
 
 @contextmanager

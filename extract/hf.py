@@ -13,7 +13,7 @@ from ..store import KVGeometry, at_work
 from ..tap import KVTap, decoder, probe_geometry
 from .rope import forget_longest_pass, frequency_class, max_positions
 from .signals import Signals
-from .teacher import Captured
+from .teacher import Captured, device_name, provenance
 from .tokens import Tokens
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class HFTeacher:
         self.signals = Signals(model, importance, confidence, logits)
         self.model, self.batch_tokens, self.padding_side = model, batch_tokens, padding_side
         self.geometry: KVGeometry = probe_geometry(model)
-        self.backend = f"hf {metadata.version('transformers')}"
+        self.backend = provenance("hf", metadata.version("transformers"), device_name(model.device), batch_tokens)
 
     @classmethod
     def load(

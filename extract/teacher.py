@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -37,7 +38,7 @@ class Teacher(Protocol):
     """
 
     backend: str
-    """What computes, and its version: `hf 5.19.0`."""
+    """What computes, as `provenance` states it. Under Hugging Face, parts with the same one are equal bit for bit."""
 
     @property
     def geometry(self) -> KVGeometry:
@@ -58,3 +59,31 @@ class Teacher(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+def provenance(engine: str, version: str, device: str, batch_tokens: int) -> str:
+    """Return what rounding depends on besides the manifest.
+
+    For example `hf 5.19.0, torch 2.9.0, cpu AVX512 x 8, batch_tokens 4096`.
+
+    Args:
+        engine: name of the backend, without spaces.
+        version: that of its library.
+        device: kind and model of the device.
+        batch_tokens: tokens of one forward pass.
+    """
+    return f"{engine} {version}, torch {metadata.version('torch')}, {device}, batch_tokens {batch_tokens}"
+
+
+def device_name(device: torch.device) -> str:
+    """Return kind and model of a device on which this process computes.
+
+    On a CPU a matrix product is summed in an order that depends on the instructions and on the number of threads.
+    """
+    import torch
+
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    if device.type == "cpu":
+        return f"cpu {torch.backends.cpu.get_cpu_capability()} x {torch.get_num_threads()}"
+    return device.type

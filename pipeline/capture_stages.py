@@ -8,12 +8,15 @@ from typing import Final
 from ..errors import StageError
 from ..extract import Encoder
 from ..store import KVStore, Manifest
-from ..store.files import link
+from ..store.files import link, remove
+from ..store.replace import next_path
+from .capturing import capture
+from .describe import describe
 from .misfits import refuse_misfits
 from .run import Run
 from .segments import segment_warnings
 from .stage import Status
-from .store_stages import StoreStage, capture, describe
+from .store_stages import StoreStage
 from .teachers import open_teacher
 from .transform import student_encoder
 
@@ -49,38 +52,56 @@ class ExtractStage(StoreStage):
     def inspect(self) -> Status:
         """A capture that other runs share is in its place when there is a link to it."""
         found, shared = super().inspect(), self.run.shared_path(self._teacher)
+        if self.beside is not None:
+            return found
         if found.state == "missing" and shared is not None and (shared / "zarr.json").exists():
             return Status("partial", f"another run has begun {shared}, there is no link to it yet")
         return found
 
-    def discard(self) -> None:
-        """Removes the capture, or the link to one that other runs share.
+    def next_place(self) -> Path:
+        """Beside the output; a capture that runs share has a place of its own for every content.
 
         Raises:
-            StageError: if it is the shared one that the recipe asks for.
+            StageError: if the output is the shared one that the recipe asks for.
         """
+        shared = self.run.shared_path(self._teacher)
+        if shared is None:
+            return super().next_place()
         self.link_shared()
-        if self.output.is_symlink() and self.output.resolve() == self.run.shared_path(self._teacher):
+        if self.output.is_symlink() and self.output.resolve() == shared:
             raise StageError(
-                f"{self.label}: {self.output.resolve()} is shared with other runs and is what this recipe asks for; "
+                f"{self.label}: {shared} is shared with other runs and is what this recipe asks for; "
                 "name the parts to capture again (--force --parts 0-7), or remove it"
             )
-        super().discard()
+        return shared
 
-    def drop_share(self) -> None:
-        """Removes this process's parts, also of a capture that other runs share."""
+    def exchange(self) -> None:
+        """Put the rebuild, or a link to it if runs share it, in the place of the output."""
+        if self.beside is not None and self.beside == self.run.shared_path(self._teacher):
+            link(next_path(self.output), self.beside)
+            self.beside = next_path(self.output)
+        super().exchange()
+
+    def forget(self) -> None:
+        """Remove what is at `building`, and an empty store that runs share; one with parts is not this run's alone."""
+        place, shared = self.building.resolve(), self.run.shared_path(self._teacher)
+        if place != shared:
+            super().forget()
+        elif not self.is_begun():
+            if self.output.is_symlink() and self.output.resolve() == shared:
+                remove(self.output)
+            remove(place)
+
+    def make_share_again(self, scheduler: str | None) -> str:
+        """Rebuild this process's parts, also of a capture that other runs share."""
         self.link_shared()
-        super().drop_share()
+        return super().make_share_again(scheduler)
 
     def link_shared(self) -> None:
         """Puts the capture that other runs share in its place, if there is one and nothing is there."""
         shared = self.run.shared_path(self._teacher)
         if shared is not None and (shared / "zarr.json").exists() and not self.output.is_dir():
             link(self.output, shared)
-
-    def check(self) -> None:
-        """What is made of the capture later fits, as far as that can be told before."""
-        refuse_misfits(self.run, self._teacher)
 
     def notices(self) -> list[str]:
         """How the corpus is read, once for all teachers, and the tokens of each segment."""
@@ -95,12 +116,12 @@ class ExtractStage(StoreStage):
 
     def make(self, scheduler: str | None) -> str:
         """Runs the teacher over the parts that are missing."""
-        self.check()
+        refuse_misfits(self.run, self._teacher)
         shared = self.run.shared_path(self._teacher)
-        if shared is not None and not self.output.is_dir():
+        if shared is not None and not self.building.is_dir():
             KVStore.create(shared, self.manifest())  # Before the link: one that leads nowhere is no store.
             self.link_shared()
-        store = KVStore.create(self.output, self.manifest())
+        store = self.store()
         if self.missing(store):
             with open_teacher(self.run, self._teacher) as teacher:
                 capture(self, store, self.run.corpus, self.run.teacher_encoder(self._teacher), teacher)
@@ -130,7 +151,7 @@ class ReferenceStage(StoreStage):
         """Runs the untrained student over the calibration samples."""
         from ..extract.hf import HFTeacher
 
-        store = KVStore.create(self.output, self.manifest())
+        store = self.store()
         student = HFTeacher.load(
             self.run.student_source, dtype="float32", batch_tokens=self.run.recipe.extract.batch_tokens
         )

@@ -44,7 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-Force = Annotated[bool, typer.Option("--force", help="Throw the output away and make it again.")]
+Force = Annotated[bool, typer.Option("--force", help="Rebuild the output; the old one stays until it is complete.")]
 
 
 @app.command()
@@ -96,13 +96,20 @@ def run(
 
         print_plan(make_plan(loaded, sample=QUICK), chosen, out)
         return
+    from ..store.files import is_writable
+
     share = share_of(rank, world_size, parts)
     if not share.is_all and chosen[-1] == "train":
         raise RecipeError(
             f"training is not split by parts ({share}); add --until fuse, and run kava train once after it"
         )
-    loaded.recipe.save(loaded.root / "recipe.yaml")
-    _run(loaded, chosen, frozenset(force or []), scheduler, teacher, share, only_failed)
+    if is_writable(loaded.root):
+        loaded.recipe.save(loaded.root / "recipe.yaml")
+    try:
+        _run(loaded, chosen, frozenset(force or []), scheduler, teacher, share, only_failed)
+    finally:  # A run that was refused before it wrote anything has no folder.
+        if is_writable(loaded.root):
+            loaded.recipe.save(loaded.root / "recipe.yaml")
 
 
 @app.command()
@@ -148,9 +155,9 @@ def extract(
     if retry_failed and force:
         raise RecipeError("--retry-failed goes without --force, which captures everything again")
     if retry_failed:
-        from .repair import drop_failed
+        from .repair import retry_failed as retry
 
-        drop_failed(loaded, _teachers(loaded, teacher), share)
+        retry(loaded, _teachers(loaded, teacher), share, say)
     _run(loaded, ["generate", "extract"], frozenset({"extract"} if force else ()), None, teacher, share, only_failed)
 
 
@@ -310,10 +317,12 @@ def main() -> None:
     except Stopped as error:
         _fail(str(error), EXIT_RETRY, error)
     except OSError as error:
-        from ..store.files import disk_errors
+        from ..store.files import disk_errors, reading
 
+        path = Path(error.filename or ".")
         try:
-            with disk_errors(Path(error.filename or ".")):
+            hidden = not os.access(path, os.R_OK) and (os.path.lexists(path) or not os.access(path.parent, os.X_OK))
+            with reading(path) if hidden else disk_errors(path):
                 raise
         except KavaError as told:
             _fail(str(told), told.exit_code, error)

@@ -22,7 +22,8 @@ def compare(
         list[int] | None, typer.Option("--seed", metavar="N", help="Train only with this seed. Repeatable.")
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Throw the chosen trainings away and make them again.")
+        bool,
+        typer.Option("--force", help="Repeat the chosen trainings; each old one stays until then."),
     ] = False,
     no_train: Annotated[bool, typer.Option("--no-train", help="Train nothing; compare what is finished.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary for programs.")] = False,

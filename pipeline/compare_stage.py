@@ -67,7 +67,7 @@ class ArmStage(TrainStage):
         from ..train.compare import HELDOUT
 
         status = super().inspect()
-        if status.state == "complete" and not (self.output / HELDOUT).is_file():
+        if status.state == "complete" and not (self.building / HELDOUT).is_file():
             return Status("partial", "trained, not measured yet")
         return status
 
@@ -77,10 +77,10 @@ class ArmStage(TrainStage):
 
         line = super().make(scheduler) if super().inspect().state != "complete" else "trained before"
         store = super().targets()
-        record = read_record(self.output) | {"arm": self._arm.name, "seed": self.seed}
+        record = read_record(self.building) | {"arm": self._arm.name, "seed": self.seed}
         record["train_samples"] = digest_json(store.indices(Split.TRAIN))
-        write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
-        _measure(self.output, store, self.settings).save(self.output / HELDOUT)
+        write_atomic(self.building / RECORD, json.dumps(record, indent=1).encode())
+        _measure(self.building, store, self.settings).save(self.building / HELDOUT)
         return line
 
     @property

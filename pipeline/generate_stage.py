@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import CorpusError
+from ..errors import CorpusError, StoreNotFoundError
 from ..extract.generate import GenerateSettings, Question, prompt_ids, question_of, row_of
 from ..hub import load_tokenizer
 from ..progress import progress
@@ -36,10 +36,10 @@ class GenerateStage(Stage):
 
     def inspect(self) -> Status:
         """Compares the record in the folder with the recipe."""
-        if not self.output.is_dir():
+        if not self.building.is_dir():
             return Status("missing")
-        record = read_record(self.output)
-        if not record and not self._written():  # Stopped before it had begun.
+        record = read_record(self.building)
+        if "kept" not in record and not self.is_begun():  # Stopped before the first answer.
             return Status("missing")
         if record.get("key") != self.run.generate_key:
             return Status("stale", "the prompts, the teacher or extract.generate changed")
@@ -62,16 +62,19 @@ class GenerateStage(Stage):
             "teacher": run.teacher_identity(name).model_dump(mode="json"),
             "prompts": run.prompts.digest,
         }
-        with disk_errors(self.output):
-            self._answers.mkdir(parents=True, exist_ok=True)
-        if read_record(self.output).get("key") != run.generate_key:
-            write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
+        self.begin()
         questions = [question_of(r) for r in run.prompts.records]
         chunks = [range(n, min(n + settings.chunk, len(questions))) for n in range(0, len(questions), settings.chunk)]
         rows = self._written()
         mine = [chunks[number] for number in self.share.of(range(len(chunks)))]
         if missing := [chunk for chunk in mine if any(questions[n].sample_id not in rows for n in chunk)]:
-            self._ask(name, questions, missing, settings)
+            try:
+                self._ask(name, questions, missing, settings, record)
+            except StoreNotFoundError:
+                if self.beside is None or read_record(self.output).get("key") != run.generate_key:
+                    raise
+                self.beside = None  # Another process wrote the last answers and put all in the place of the old ones.
+                return _summary(read_record(self.output))
             rows = self._written()
         if len(rows) < len(questions):
             return f"{len(rows)} of {len(questions)} prompts answered; the others are not among {self.share}"
@@ -80,12 +83,28 @@ class GenerateStage(Stage):
         if not kept:
             raise CorpusError(f"none of {len(rows)} answers matches; look at {self._answers}, or set keep: all")
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-        write_atomic(self.run.generated_dir / "corpus.jsonl", lines.encode())
+        write_atomic(self.building / "corpus.jsonl", lines.encode())
         record |= {"kept": len(kept), "asked": len(rows), "matching": sum(row["matches"] for row in rows.values())}
-        write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
+        write_atomic(self.building / RECORD, json.dumps(record, indent=1).encode())
         return _summary(record)
 
-    def _ask(self, name: str, questions: list[Question], chunks: list[range], settings: GenerateSettings) -> None:
+    def begin(self) -> None:
+        """Create the folder of the answers, so that another process that joins does not take it for complete."""
+        with disk_errors(self.building):
+            self._answers.mkdir(parents=True, exist_ok=True)
+
+    def is_begun(self) -> bool:
+        """Whether there are answers, or another process is writing some."""
+        return any(self._answers.glob("*"))
+
+    def _ask(
+        self,
+        name: str,
+        questions: list[Question],
+        chunks: list[range],
+        settings: GenerateSettings,
+        record: dict[str, Any],
+    ) -> None:
         run, encoder = self.run, self.run.teacher_encoder(name)
         check_teacher_tokenizer(run, name, run.prompts)
         tokenizer, stop_ids = load_tokenizer(run.teacher_source(name)), run.stop_ids(name)
@@ -104,6 +123,8 @@ class GenerateStage(Stage):
                                 "teacher reads"
                             )
                     if asked:
+                        if read_record(self.building).get("key") != run.generate_key:
+                            write_atomic(self.building / RECORD, json.dumps(record, indent=1).encode())
                         written = writer.generate(prompts, settings, stop_ids=stop_ids, numbers=asked)
                         lines = ""
                         for number, ids in zip(asked, written, strict=True):
@@ -116,11 +137,11 @@ class GenerateStage(Stage):
                     lock.release()
 
     def _claim(self, chunk: range, wait: bool) -> Lock | None:
-        return Lock.take(self._answers / f".{chunk.start:08d}.lock", wait=wait)
+        return Lock.take(self._answers / f".{chunk.start:08d}.lock", wait=wait, create=False)
 
     @property
     def _answers(self) -> Path:
-        return self.output / "answers"
+        return self.building / "answers"
 
     def _written(self) -> dict[str, dict[str, Any]]:
         """Every answer so far by sample id, in the order of the prompts."""

@@ -8,13 +8,19 @@ process after the other is as good as all at once, and none waits for one that w
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from ..errors import BusyError, DamagedStoreError, KavaError, StageError
 from ..store import KVStore, Lock, locked
+from ..store.files import is_writable
+from ..store.leftovers import builders_path, remove_beside
+from ..store.maker import hold, mark
+from ..store.replace import next_path
 from ..train.ranks import Ranks
 from .cluster.share import ALL, Share, format_parts
 from .generate_stage import GenerateStage
@@ -55,19 +61,31 @@ def run_stages(
         for stage in stages:
             if stage.name in force and not stage.splits:
                 raise stage.inseparable()
+    try:
+        _run_in_order(stages, force, scheduler, share, say, ranks or Ranks())
+    finally:
+        for stage in stages[:1]:
+            _remove_empty_folders(stage.run.root)
+
+
+def _run_in_order(
+    stages: list[Stage], force: frozenset[str], scheduler: str | None, share: Share, say: Say, ranks: Ranks
+) -> None:
     for number, stage in enumerate(stages):
         if isinstance(stage, StoreStage) and stage.splits:
             stage.share = share
         elif stage.splits:  # Its parts are other ones.
             stage.share = replace(share, parts=None)
         if isinstance(stage, TrainStage):
-            _train(stage, stage.name in force, ranks or Ranks(), say)
+            _train(stage, stage.name in force, ranks, say)
             continue
         if not share.is_all:
             _supply(stage, stages[:number], scheduler, say)
         _run_stage(stage, stage.name in force, scheduler, say)
-        if isinstance(stage, GenerateStage) and not stage.share.is_all and number + 1 < len(stages):
-            _run_stage(replace(stage, share=Share()), False, scheduler, say)  # Whatever follows reads all of it.
+        unfinished = isinstance(stage, GenerateStage) or stage.beside is not None
+        if unfinished and not stage.share.is_all and number + 1 < len(stages):
+            # What follows reads all of it, and would read the old output.
+            _run_stage(replace(stage, share=Share(), beside=None), False, scheduler, say)
 
 
 def _run_stage(stage: Stage, force: bool, scheduler: str | None, say: Say) -> None:
@@ -77,74 +95,152 @@ def _run_stage(stage: Stage, force: bool, scheduler: str | None, say: Say) -> No
     if not force and status.state == "complete":
         say(stage.label, f"up to date ({status.detail})")
         return
-    with stage_lock(stage, say):
-        done = _clear(stage, force, say)
-        if not done and not stage.splits:
-            done = stage.make(scheduler)
-    if not done:
-        for line in stage.notices():
-            say(stage.label, line)
-    say(stage.label, done or stage.make(scheduler))
+    with ExitStack() as held:
+        with stage_lock(stage, say):
+            done = _prepare(stage, force, say, held)
+            if not done:
+                for line in stage.notices():
+                    say(stage.label, line)
+            if not done and not stage.splits:
+                done = _make(stage, scheduler)
+        if not done:
+            done = _make(stage, scheduler)
+            with stage_lock(stage, say):
+                done = _exchange_if_complete(stage, done)
+    say(stage.label, done)
 
 
 def _train(stage: TrainStage, force: bool, ranks: Ranks, say: Say) -> None:
     """Trains, with the other ranks: the first looks at what is there, and all do the same."""
     stage.ranks = ranks
     with ExitStack() as held:
-        done = ranks.first(partial(_begin, stage, force, say, held))
-        line = done or stage.make(None)
+        line, stage.beside = ranks.first(partial(_begin, stage, force, say, held))
+        try:
+            line = line or stage.make(None)
+        except BaseException:
+            if ranks.is_first:
+                _forget_if_empty(stage)
+            raise
+        line = ranks.first(partial(_exchange_if_complete, stage, line))
     if ranks.is_first:
         say(stage.label, line)
 
 
-def _begin(stage: TrainStage, force: bool, say: Say, held: ExitStack) -> str:
-    """Takes the training for this process and its ranks, until `held` is closed; then as `_clear`.
+def _begin(stage: TrainStage, force: bool, say: Say, held: ExitStack) -> tuple[str, Path | None]:
+    """Takes the training for this process and its ranks, until `held` is closed; then as `_prepare`.
 
     Nobody waits for it: that may take days, and two in one folder would write into each other's checkpoints.
     """
-    state = stage.status().state
-    if state == "blocked" or (state == "complete" and not force):
-        return _clear(stage, False, say)
+    status = stage.status()
+    if status.state == "blocked":
+        raise StageError(status.detail)
+    if status.state == "complete" and not force:
+        return f"up to date ({status.detail})", None
     lock = Lock.take(stage.output.with_name(f".{stage.output.name}.lock"))
     if lock is None:
         raise BusyError(
             f"{stage.label}: another process is training {stage.output}; run the same command again when it has ended"
         )
     held.callback(lock.release)
-    return _clear(stage, force, say)
+    return _prepare(stage, force, say, held), stage.beside
 
 
-def _clear(stage: Stage, force: bool, say: Say) -> str:
-    """Removes what is to be made again; says so if nothing is to be made, because another process did meanwhile."""
+def _prepare(stage: Stage, force: bool, say: Say, held: ExitStack) -> str:
+    """Decide where the stage is written; return a line if nothing is to be made.
+
+    What exists and is to be replaced stays until its replacement is complete: a whole output is rebuilt beside it, as
+    one rebuild for all processes, and this process's share of one is rebuilt part by part.
+
+    Args:
+        stage: its `beside` is set.
+        force: whether the output, or this process's share of it, is to be made again.
+        say: called with what is stale.
+        held: closed when this process has written its share.
+
+    Raises:
+        StageError: if inputs are missing, or the output is stale and costly and `force` is not set.
+        DamagedStoreError: if the output is damaged and `force` is not set.
+    """
+    remove_beside(stage.output)
     status = stage.status()
-    if force and (status.state == "stale" or stage.share.is_all):
-        stage.check()
-        stage.discard()
-        status = stage.status()
-    elif force and status.state not in ("missing", "blocked"):
-        stage.check()
-        stage.drop_share()
-        status = stage.status()
-    if status.state == "complete":
-        return f"up to date ({status.detail})"
     if status.state == "blocked":
         raise StageError(status.detail)
-    if status.state == "damaged":
-        raise DamagedStoreError(f"{stage.label}: {status.detail}; kava repair makes what is damaged again")
-    if status.state == "stale":
+    stale = status.state == "stale"
+    whole = stale or (force and stage.share.is_all)
+    if status.state == "missing" or (not whole and not force):
+        if status.state == "complete":
+            return f"up to date ({status.detail})"
+        if status.state == "damaged":
+            raise DamagedStoreError(f"{stage.label}: {status.detail}; kava repair makes what is damaged again")
+        if not os.path.lexists(next_path(stage.output)) or stage.rebuild().status().state != "partial":
+            return ""
+        whole = True  # It was begun by --force, which is not asked for twice.
+    if not whole:
+        stage.again = True
+        return ""
+    rebuild = stage.rebuild()
+    found = rebuild.status().state if rebuild.is_begun() else "missing"
+    if stale and not force and found not in ("partial", "complete"):
         if stage.costly:
             raise StageError(
                 f"{stage.label}: {stage.output} is stale ({status.detail}); add --force {stage.name} to make it "
                 "again, or write elsewhere (run_dir, train.name)"
             )
         say(stage.label, f"stale ({status.detail}), made again")
-        stage.check()
-        stage.discard()
+    if found not in ("missing", "partial", "complete"):
+        rebuild.forget()
+    stage.beside = rebuild.beside
+    held.callback(hold(builders_path(stage.output, mark())).release)
+    if found == "complete":
+        return _exchange_if_complete(stage, "complete")
+    stage.begin()
     return ""
 
 
+def _make(stage: Stage, scheduler: str | None) -> str:
+    """Make a stage where `_prepare` decided; what fails before anything was written leaves nothing."""
+    try:
+        if stage.again:
+            return stage.make_share_again(scheduler)
+        line = stage.make(scheduler)
+    except BaseException:
+        _forget_if_empty(stage)
+        raise
+    return line if stage.splits else _exchange_if_complete(stage, line)
+
+
+def _forget_if_empty(stage: Stage) -> None:
+    with suppress(KavaError, OSError):  # What went wrong first is told.
+        if os.path.lexists(stage.building) and not stage.is_begun():
+            stage.forget()
+
+
+def _remove_empty_folders(root: Path) -> None:
+    """Remove the folders of a run in which a refused command wrote nothing, and the run's own if it is empty then."""
+    if not is_writable(root):
+        return
+    with suppress(OSError):
+        for folder in [*(path for path in root.iterdir() if path.is_dir() and not path.is_symlink()), root]:
+            with suppress(OSError):  # One that is not empty stays.
+                folder.rmdir()
+
+
+def _exchange_if_complete(stage: Stage, line: str) -> str:
+    """Put a rebuild in the place of the old output if it is complete; return the line for people."""
+    if stage.beside is None:
+        return line
+    status = stage.status()
+    if status.state != "complete":
+        return f"{line}; the old output stays in its place until all is made again"
+    stage.exchange()
+    return stage.summary(line)
+
+
 def _supply(stage: Stage, before: list[Stage], scheduler: str | None, say: Say) -> None:
-    """Makes parts of earlier stages that this one cannot begin without, and that other processes have not made yet."""
+    """Makes parts of earlier stages that this one cannot begin without, and that other processes have not made yet.
+
+    An outdated part is one of them: what is made from it would be outdated too.
+    """
     try:
         inputs = stage.inputs()
     except KavaError:  # Told by its status, or when it is made.
@@ -152,7 +248,8 @@ def _supply(stage: Stage, before: list[Stage], scheduler: str | None, say: Say) 
     for number, earlier in enumerate(before):
         if not isinstance(earlier, StoreStage) or earlier.output not in inputs:
             continue
-        if absent := set(inputs[earlier.output]) & set(KVStore.open(earlier.output).missing_parts()):
+        store = KVStore.open(earlier.output)
+        if absent := set(inputs[earlier.output]) & {*store.missing_parts(), *earlier.outdated(store)}:
             rest = replace(earlier, share=Share(parts=frozenset(absent)))
             say(rest.label, f"parts {format_parts(absent)} of other shares are needed first")
             _supply(rest, before[:number], scheduler, say)

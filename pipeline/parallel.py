@@ -55,8 +55,9 @@ def run_parts(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with done:
-            dask.compute(*tasks, scheduler=scheduler or "threads", num_workers=num_cpus(), optimize_graph=False)
+        # A pool of its own: after an error, tasks that still run are waited for. Nothing is written after that.
+        with done, ThreadPoolExecutor(num_cpus(), "kava-part") as pool:
+            dask.compute(*tasks, scheduler=scheduler or "threads", pool=pool, optimize_graph=False)
     finally:
         torch.set_num_threads(threads)
 

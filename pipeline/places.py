@@ -18,12 +18,17 @@ def read_record(folder: Path) -> dict[str, Any]:
 
     Raises:
         DamagedStoreError: if a special file or a link is in its place.
+        StoreError: if it must not be read: then nothing is known of the folder, least of all that it is stale.
     """
     path = folder / RECORD
     try:
         data = read_small(path, JSON_BYTES)
     except FileNotFoundError:
         return {}
+    except DamagedStoreError as error:
+        if isinstance(error.__cause__, NotADirectoryError):
+            return {}
+        raise
     try:
         record = parse_json(data, path)
     except DamagedStoreError:

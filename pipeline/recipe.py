@@ -11,6 +11,7 @@ import difflib
 import json
 import types
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
@@ -346,8 +347,12 @@ class Recipe(_Section):
         return sorted(set(self.teachers if named is None else named))
 
     def save(self, path: Path) -> None:
-        """Writes the recipe with every default filled in."""
-        write_atomic(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True).encode())
+        """Write the recipe with every default filled in; a file that holds just that is left alone."""
+        data = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True).encode()
+        with suppress(OSError):
+            if path.read_bytes() == data:
+                return
+        write_atomic(path, data)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

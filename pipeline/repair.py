@@ -15,14 +15,18 @@ from pathlib import Path
 from ..errors import RecipeError, StageError, StoreError, StoreNotFoundError
 from ..progress import progress
 from ..store import KVStore, verify_store
-from ..store.files import write_atomic
+from ..store.files import is_writable, write_atomic
 from ..store.table import header_bytes
 from .capture_stages import ExtractStage
 from .cluster import ALL, Share
+from .cluster.share import format_parts
+from .leftovers import remove_all
 from .make import stage_lock
 from .run import Run
 from .stages import stages_of
 from .store_stages import ProjectStage, StoreStage
+
+Say = Callable[[str, str], None]
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,11 @@ def repair(
     failed: bool = False,
     share: Share = ALL,
     scheduler: str | None = None,
-    say: Callable[[str, str], None] = lambda label, line: None,
+    say: Say = lambda label, line: None,
 ) -> list[Repaired]:
     """Checks every store of a run that is there, and makes damaged parts again from the teacher or their parents.
+
+    What killed processes left beside the outputs is removed, once nobody holds its lock.
 
     Args:
         run: the run.
@@ -78,17 +84,19 @@ def repair(
         run.teacher(teacher)
         stages = [stage for stage in stages if stage.teacher == teacher]
     found = [repair_stage(stage, failed=failed, share=share, scheduler=scheduler, say=say) for stage in stages]
+    everything = only is None and teacher is None
+    remove_all(stages_of(run) if everything else stages, say)
     return [repaired for repaired in found if repaired is not None]
 
 
-def drop_failed(run: Run, teachers: list[str], share: Share = ALL) -> None:
-    """Removes this process's parts with samples that a teacher failed to give, for a capture that makes them again.
+def retry_failed(run: Run, teachers: list[str], share: Share = ALL, say: Say = lambda label, line: None) -> None:
+    """Make this process's parts with failed samples again; each old part stays until the new one is complete.
 
     Raises:
-        StageError: if a store is not what the recipe describes; then nothing is removed.
+        StageError: if a store is not what the recipe describes; then nothing is made.
         StoreNotFoundError: if there is no capture.
     """
-    found: list[tuple[KVStore, int]] = []
+    failed_parts: list[tuple[StoreStage, list[int]]] = []
     for name in teachers:
         extract = ExtractStage(run, name, share)
         extract.link_shared()
@@ -104,9 +112,10 @@ def drop_failed(run: Run, teachers: list[str], share: Share = ALL) -> None:
                     f"with the recipe that made it, or replace it (kava run --force {stage.name})"
                 )
             there = set(stage.mine(store.manifest)) & set(store.committed_parts())
-            found += [(store, part) for part in there if store.part(part).failed]
-    for store, part in found:
-        store.drop_part(part)
+            if parts := [part for part in sorted(there) if store.part(part).failed]:
+                failed_parts.append((stage, parts))
+    for stage, parts in failed_parts:
+        say(stage.label, f"parts {format_parts(parts)} again; {stage.make_parts_again(parts, None)}")
 
 
 def repair_stage(
@@ -115,20 +124,19 @@ def repair_stage(
     failed: bool,
     share: Share = ALL,
     scheduler: str | None,
-    say: Callable[[str, str], None],
+    say: Say,
 ) -> Repaired | None:
     """The same for one store; None if it is not there.
 
     What cannot be split is checked and made again by one process at a time: the next finds nothing to do.
     """
-    alone = not stage.splits and stage.output.exists()
+    # On read-only media no process writes, and it cannot be said that this one does.
+    alone = not stage.splits and stage.output.exists() and is_writable(stage.run.root)
     with stage_lock(stage, say) if alone else nullcontext():
         return _repair_stage(stage, failed, share, scheduler, say)
 
 
-def _repair_stage(
-    stage: StoreStage, failed: bool, share: Share, scheduler: str | None, say: Callable[[str, str], None]
-) -> Repaired | None:
+def _repair_stage(stage: StoreStage, failed: bool, share: Share, scheduler: str | None, say: Say) -> Repaired | None:
     damages: list[str] = []
     try:
         store = KVStore.open(stage.output)
@@ -150,35 +158,39 @@ def _repair_stage(
     bad = {damage.part for damage in found if damage.part is not None}
     if any(damage.part is None for damage in found):
         write_atomic(store.path / "parts" / "zarr.json", header_bytes({}))
+    again: set[int] = set()
     if failed:
         retried = {p for p in mine if p not in bad and _may_retry(store, p)}
         if retried and not stage.splits and share.world_size > 1:
             # The next rank would find the same samples failed, and take out what the first one reads by then.
             say(stage.label, f"failed samples are left; kava repair --store {stage.name} --failed, without --rank")
         else:
-            bad |= retried
+            again = retried
     # An older recipe's store may be whole; only to change it, the recipe must be the one that made it.
     waiting = set(store.parts_set_aside()) & set(stage.mine(store.manifest)) - set(store.committed_parts())
-    fits = not store.manifest.differences(stage.manifest()) if bad or waiting else True
+    fits = not store.manifest.differences(stage.manifest()) if bad or waiting or again else True
     for line in damages:
         say(stage.label, line)
     if not fits:
         raise StageError(
-            f"{stage.label}: {stage.output} has {len(bad)} parts to be made again, but this recipe describes another "
-            "store; repair it with the recipe that made it, or replace it (kava run --force)"
+            f"{stage.label}: {stage.output} has {len(bad | again)} parts to be made again, but this recipe describes "
+            "another store; repair it with the recipe that made it, or replace it (kava run --force)"
         )
-    if bad | waiting:
-        _check_inputs(stage, bad | waiting)
+    if bad | waiting | again:
+        _check_inputs(stage, bad | waiting | again)
     for part in sorted(bad):
         store.set_aside(part)
-    parts = bad | waiting | set(_outdated(stage, store)) & set(stage.mine(store.manifest))
+    parts = bad | waiting | again | set(_outdated(stage, store)) & set(stage.mine(store.manifest))
     if not parts:
         line = "repaired its headers" if damages else f"{len(mine)} parts are as they were written"
         say(stage.label, line)
         return Repaired(stage.label, tuple(damages), (), line)
     stage.share = Share(parts=frozenset(parts))
-    made = stage.make(scheduler)
-    KVStore.open(stage.output).remove_set_aside()
+    if parts - again:
+        made = stage.make(scheduler)
+        KVStore.open(stage.output).remove_set_aside()
+    if again:  # They are whole: each stays until the new one is.
+        made = stage.make_parts_again(again, scheduler)
     line = f"made part{'s' * (len(parts) > 1)} {', '.join(map(str, sorted(parts)))} again; {made}"
     say(stage.label, line)
     return Repaired(stage.label, tuple(damages), tuple(sorted(parts)), line)

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..hub import load_tokenizer
+from ..errors import StoreError
+from ..hub import find_model, load_tokenizer, model_geometry
 from ..progress import progress
 from ..store import Split
-from ..store.files import write_atomic
+from ..store.files import disk_errors, write_atomic
 from ..train.ranks import Ranks
 from ..train.settings import TrainSettings
 from .capture_stages import ExtractStage, ReferenceStage
@@ -49,9 +50,11 @@ class StudentStage(Stage):
 
     def inspect(self) -> Status:
         """Compares the record in the folder with the recipe."""
-        if not self.output.is_dir():
+        if not self.building.is_dir():
             return Status("missing")
-        return Status("complete", str(self.run.student_geometry))
+        if read_record(self.building).get("key") != self.run.student_key:
+            return Status("stale", f"{self.output}: student settings or corpus changed")
+        return Status("complete", str(model_geometry(find_model(str(self.building.resolve())))))
 
     def make(self, scheduler: str | None) -> str:
         """Makes model and tokenizer."""
@@ -107,32 +110,32 @@ class TrainStage(Stage):
         """What it is trained on."""
         return self.run.open_target(self.run.teacher_of(self.settings))
 
-    def check(self) -> None:
-        """Loads the student and what it is trained on, before a trained one is thrown away."""
-        if not self.output.is_dir():
-            return
-        from ..train.training import check_training
-
-        self.key()
-        check_training(
-            self.run.student_dir,
-            self.targets(),
-            self.output,
-            self.settings,
-            corpus_digest=self.run.corpus.digest,
-        )
-
     def inspect(self) -> Status:
         """Compares the record in the folder with the recipe."""
         key = self.key()
-        if not self.output.is_dir():
+        if not self.is_begun():
             return Status("missing")
-        record = read_record(self.output)
+        record = read_record(self.building)
         if record.get("key") != key:
             return Status("stale", "train settings, the student or its targets changed")
         if "metrics" not in record:
             return Status("partial", "interrupted; goes on at its last checkpoint")
         return Status("complete", result_line(record))
+
+    def is_begun(self) -> bool:
+        """Whether there is a checkpoint to resume from, or weights."""
+        checkpoints = (self.building / "checkpoints").glob("checkpoint-*/trainer_state.json")
+        return any(checkpoints) or any(self.building.glob("*.safetensors"))
+
+    def forget(self) -> None:
+        """Remove a training without a checkpoint; what it logged stays, to be looked at."""
+        logged = self.building / "metrics.jsonl"
+        if self.beside is None and logged.exists() and logged.stat().st_size:
+            with disk_errors(self.building):
+                for name in (RECORD, "recipe.yaml"):
+                    (self.building / name).unlink(missing_ok=True)
+        else:
+            super().forget()
 
     def make(self, scheduler: str | None) -> str:
         """Trains."""
@@ -142,24 +145,28 @@ class TrainStage(Stage):
         store, settings = self.targets(), self.settings
         record: dict[str, Any] = {"key": self.key(), "targets": store.manifest.fingerprint}
         advance: Callable[[int], None] | None = None
+
+        def begin() -> None:
+            # The record without metrics marks a training that was begun; the next call goes on with it.
+            write_atomic(self.building / RECORD, json.dumps(record, indent=1).encode())
+            run.recipe.model_copy(update={"train": settings}).save(self.building / "recipe.yaml")
+
         with ExitStack() as stack:
             if self.ranks.is_first:
                 advance = stack.enter_context(progress(f"{self.label} {settings.name}", settings.max_steps, "steps"))
-                # The record without metrics marks a training that was begun; the next call goes on with it.
-                write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
-                run.recipe.model_copy(update={"train": settings}).save(self.output / "recipe.yaml")
             result = train_student(
                 run.student_dir,
                 store,
-                self.output,
+                self.building,
                 settings,
                 corpus_digest=run.corpus.digest,
+                on_begin=begin,
                 on_step=lambda step, total: advance(1) if advance else None,
                 ranks=self.ranks,
             )
         record |= {"name": settings.name, "alpha": result.alpha, "steps": result.steps, "metrics": result.metrics}
         if self.ranks.is_first:
-            write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
+            write_atomic(self.building / RECORD, json.dumps(record, indent=1).encode())
         return result_line(record)
 
 
@@ -194,8 +201,10 @@ def result_line(record: dict[str, Any]) -> str:
 def trained_students(run: Run) -> list[dict[str, Any]]:
     """The records of all finished students of a run, with their folders."""
     found = []
-    for path in sorted((run.root / "students").glob(f"*/{RECORD}")):
-        record = read_record(path.parent)
+    for path in sorted((run.root / "students").glob(f"[!.]*/{RECORD}")):
+        record: dict[str, Any] = {}
+        with suppress(StoreError):  # Another user's; the row of its stage says so.
+            record = read_record(path.parent)
         if "metrics" in record:
             found.append({**record, "path": str(path.parent)})
     return found

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import KavaError, StageError, StoreError, StoreNotFoundError
-from ..extract import Corpus, Encoder, Teacher, capture_store
 from ..progress import progress
 from ..store import KVStore, Manifest, digest_json, locked
+from ..store.files import remove
+from ..store.part_exchange import has_parts, manifest_at, replacing_outdated, scratch_store
 from ..store.safe_json import read_json_object
-from .cluster.share import format_parts
-from .direct import capture_targets
+from .capturing import capture
+from .cluster.share import Share, format_parts
+from .describe import describe, short
 from .maps.project import fit_projector
-from .maps.projector import Projector
+from .maps.projector import Projector, move_projector, remove_projector
 from .parallel import run_parts
 from .run import Run
 from .stage import Stage, State, Status
@@ -48,11 +49,14 @@ class StoreStage(Stage):
         """Compares the store on disk with the manifest that the recipe asks for."""
         wanted = self.manifest()
         try:
-            store = KVStore.open(self.output)
+            store = KVStore.open(self.building)
         except StoreNotFoundError:
             return Status("missing")
-        if found := store.manifest.differences(wanted):
-            return Status("stale", ", ".join(f"{n}: {_short(old)} -> {_short(new)}" for n, (old, new) in found.items()))
+        found = store.manifest.differences(wanted)
+        if found and self._is_empty():
+            return Status("missing")  # A process was killed before its first part, under another recipe.
+        if found:
+            return Status("stale", ", ".join(f"{n}: {short(old)} -> {short(new)}" for n, (old, new) in found.items()))
         store.check_files()
         parts = self.wanted(wanted)
         missing, total = set(parts) & set(store.missing_parts()), len(parts)
@@ -66,6 +70,8 @@ class StoreStage(Stage):
             state, detail = "complete", f"{total} parts{kept}"
         failed = len(store.failed)
         detail += f", {failed} failed samples" if failed else ""
+        if (ways := len(store.written_by)) > 1:
+            detail += f", written in {ways} ways that round differently (kava inspect)"
         return Status(state, detail, total - len(missing), total, len(outdated), failed)
 
     def uncompared(self, error: KavaError) -> Status:
@@ -98,16 +104,59 @@ class StoreStage(Stage):
         """Those of these that are not there yet."""
         return sorted(set(self.mine(store.manifest)) & set(store.missing_parts()))
 
-    def drop_outdated(self, store: KVStore) -> None:
-        """Removes what this process is to make again."""
-        for number in set(self.outdated(store)) & set(self.mine(store.manifest)):
-            store.drop_part(number)
+    def store(self) -> KVStore:
+        """Return the store that this process writes; creates it if it does not exist.
 
-    def drop_share(self) -> None:
-        """Removes this process's parts."""
+        A rebuild that another process completed and exchanged meanwhile is the output by now.
+        """
+        manifest = self.manifest()
+        if self.beside is not None and not self.again and manifest_at(self.beside) is None:
+            there = manifest_at(self.output)
+            if there is not None and not there.differences(manifest):
+                self.beside = None
+        there = manifest_at(self.building)
+        if there is not None and there.differences(manifest) and self._is_empty():
+            remove(self.building)
+        return KVStore.create(self.building, manifest)
+
+    def _is_empty(self) -> bool:
+        return not self.building.is_symlink() and not has_parts(self.building)
+
+    def current(self, store: KVStore) -> KVStore:
+        """Return the store where it lies now: another process may have put it in the place of the old one."""
+        return store if store.path.is_dir() else KVStore.open(self.output)
+
+    def rewriting(self, store: KVStore) -> AbstractContextManager[None]:
+        """Hide this process's outdated parts while they are written again; see `replacing_outdated`."""
+        return replacing_outdated(store, lambda: set(self.outdated(store)) & set(self.mine(store.manifest)))
+
+    def begin(self) -> None:
+        """Create the store, so that another process that joins does not take the rebuild for complete."""
+        KVStore.create(self.building, self.manifest())
+
+    def is_begun(self) -> bool:
+        """Whether the store has parts, or another process is at one."""
+        return has_parts(self.building)
+
+    def summary(self, line: str) -> str:
+        """Describe the output, in which the rebuild lies now."""
+        return describe(self, KVStore.open(self.output))
+
+    def make_share_again(self, scheduler: str | None) -> str:
+        """Rebuild this process's parts, and exchange each with the existing one when it is complete."""
         store = KVStore.open(self.output)
-        for number in set(self.mine(store.manifest)) & set(store.committed_parts()):
-            store.drop_part(number)
+        return self.make_parts_again(self.mine(store.manifest), scheduler)
+
+    def make_parts_again(self, parts: Collection[int], scheduler: str | None) -> str:
+        """Rebuild these parts inside the store's folder, and exchange each with the existing one.
+
+        Returns:
+            A line for people.
+        """
+        store = KVStore.open(self.output)
+        with scratch_store(store, parts) as folder:
+            replace(self, beside=folder, again=True, share=Share(parts=frozenset(parts))).make(scheduler)
+        return describe(self, store)
 
     def outdated(self, store: KVStore) -> list[int]:
         """Parts that were made from a parent part which is another one now, or with a map fitted on other parts.
@@ -137,6 +186,10 @@ class StoreStage(Stage):
         """A digest of what was fitted for this store; empty if nothing was."""
         return ""
 
+    def unclaimed(self, work: Callable[[int], int], store: KVStore) -> Unclaimed:
+        """Return the work on those parts of `store` that no other process makes."""
+        return Unclaimed(work, str(store.path.resolve()), store.manifest.fingerprint, str(self.output.resolve()))
+
 
 class TransformStage(StoreStage):
     """A store made from a teacher's, part by part."""
@@ -144,16 +197,16 @@ class TransformStage(StoreStage):
     def make(self, scheduler: str | None) -> str:
         """Runs the transform over the parts that are missing or outdated."""
         parent = self.complete_parent()
-        transform = self.prepare(parent)  # Before anything is dropped: the fit may fail.
-        store = KVStore.create(self.output, self.manifest())
-        self.drop_outdated(store)
-        missing, there = self.missing(store), set(parent.committed_parts())
-        if missing:
-            check_student_tokenizer(self.run)
-        ready = [part for part in missing if part in there]
-        with progress(self.label, len(ready), "parts") as advance:
-            work = Unclaimed(transform, str(store.path.resolve()), store.manifest.fingerprint)
-            run_parts(work, ready, scheduler=scheduler, on_part=lambda part: advance(1))
+        transform = self.prepare(parent)  # First: the fit may fail.
+        store = self.store()
+        with self.rewriting(store):
+            missing, there = self.missing(store), set(parent.committed_parts())
+            if missing:
+                check_student_tokenizer(self.run)
+            ready = [part for part in missing if part in there]
+            with progress(self.label, len(ready), "parts") as advance:
+                work = self.unclaimed(transform, store)
+                run_parts(work, ready, scheduler=scheduler, on_part=lambda part: advance(1))
         return describe(self, store)
 
     def inputs(self) -> dict[Path, list[int]]:
@@ -161,10 +214,6 @@ class TransformStage(StoreStage):
         parent = self.parent()
         assert parent is not None
         return {parent.path: self.needed(parent.manifest)}
-
-    def check(self) -> None:
-        """The parent is complete, and what is to be fitted can be."""
-        self.prepare(self.complete_parent())
 
     def complete_parent(self) -> KVStore:
         """The parent store, with all parts that are needed.
@@ -216,7 +265,7 @@ class ResampleStage(TransformStage):
     def prepare(self, parent: KVStore) -> Transform:
         """Time only."""
         method = self.run.recipe.resample.method
-        return _transform(self.run, parent, self.output, self.manifest().fingerprint, method)
+        return _transform(self.run, parent, self.building, self.manifest().fingerprint, method)
 
 
 class ProjectStage(TransformStage):
@@ -257,7 +306,7 @@ class ProjectStage(TransformStage):
     def make(self, scheduler: str | None) -> str:
         """Projects the parts that are captured, then runs the teacher over those whose capture is not kept."""
         line = super().make(scheduler)
-        run, store, parent = self.run, KVStore.open(self.output), self.parent()
+        run, store, parent = self.run, self.store(), self.parent()
         if not self.missing(store):
             return line
         if run.teacher_manifest(self._teacher).fingerprint != parent.manifest.fingerprint:
@@ -269,24 +318,47 @@ class ProjectStage(TransformStage):
 
     def prepare(self, parent: KVStore) -> Transform:
         """With the projector, which is saved if it is a new one."""
-        path = self.run.projector_path(self._teacher)
+        path = self.projector_path
         if not self.is_fitted():
             with locked(path.with_name(f".{path.name}.lock")):
                 if not self.is_fitted():  # Another process may have fitted it meanwhile.
                     self.fitted(parent).save(path)
         return replace(self.transform(parent), projector=str(path.resolve()), calibration=self.calibration())
 
+    @property
+    def projector_path(self) -> Path:
+        """The projector that the targets at `building` are made with.
+
+        Where the targets are rebuilt beside others, so is it: until the exchange, each store has its own.
+        """
+        path = self.run.projector_path(self._teacher)
+        if self.beside != self.next_place() or self._fits(path):
+            return path
+        return _next_projector(path)
+
+    def exchange(self) -> None:
+        """The projector first: if a kill comes between the two, the rebuild goes on and uses it."""
+        final, path = self.run.projector_path(self._teacher), self.projector_path
+        if path != final:
+            move_projector(path, final)
+        super().exchange()
+
+    def forget(self) -> None:
+        """Remove the rebuild and its projector."""
+        super().forget()
+        remove_projector(_next_projector(self.run.projector_path(self._teacher)))
+
     def transform(self, parent: KVStore) -> Transform:
         """Time only: what the projector is applied to, and fitted on."""
         recipe = self.run.recipe
         resampler = None if recipe.resample.materialize else recipe.resample.method
-        return _transform(self.run, parent, self.output, self.manifest().fingerprint, resampler)
+        return _transform(self.run, parent, self.building, self.manifest().fingerprint, resampler)
 
     def fitted(self, parent: KVStore) -> Projector:
         """The projector on disk if it was fitted for this very store, else one that is fitted now."""
         run, settings = self.run, self.run.recipe.project
         if self.is_fitted():
-            return Projector.load(run.projector_path(self._teacher))
+            return Projector.load(self.projector_path)
         reference = KVStore.open(run.reference_path) if run.needs_reference else None
         ids = [record.sample_id for record in run.calibration.records]
         projector = fit_projector(
@@ -306,7 +378,10 @@ class ProjectStage(TransformStage):
 
     def is_fitted(self) -> bool:
         """Whether the projector on disk was fitted for this very store, on the calibration as it is now."""
-        card = _card(self.run.projector_path(self._teacher))
+        return self._fits(self.projector_path)
+
+    def _fits(self, projector: Path) -> bool:
+        card = _card(projector)
         return card.get("made_for") == self.manifest().fingerprint and (
             card.get("calibration_parts") == self.calibration()
         )
@@ -335,33 +410,6 @@ class ProjectStage(TransformStage):
         return True
 
 
-def capture(
-    stage: StoreStage,
-    store: KVStore,
-    corpus: Corpus,
-    encoder: Encoder,
-    teacher: Teacher,
-    *,
-    transform: Transform | None = None,
-) -> None:
-    """Runs a teacher over this process's missing parts, and writes what it gives, or targets made of that.
-
-    Raises:
-        KavaError: if the loaded model is not what its config promised.
-    """
-    if transform is None and teacher.geometry != store.geometry:
-        raise KavaError(f"{stage.label}: the loaded model has {teacher.geometry}, its config promised {store.geometry}")
-    parts, settings = stage.missing(store), stage.run.recipe.extract
-    samples = [index for part in parts for index in store.manifest.part_samples(part)]
-    total = sum(corpus.text_bytes[index] for index in samples)
-    # Text length is known at once, tokens only part by part: the bar counts bytes of text.
-    with progress(stage.label, total, "bytes of text") as advance:
-        if transform is None:
-            capture_store(store, corpus, encoder, teacher, settings, parts=parts, on_text=advance)
-        else:
-            capture_targets(transform, store, corpus, encoder, teacher, settings, parts=parts, on_text=advance)
-
-
 def _transform(run: Run, parent: KVStore, out: Path, fingerprint: str, resampler: str | None) -> Transform:
     return Transform(
         parent=str(parent.path.resolve()),
@@ -377,17 +425,8 @@ def _transform(run: Run, parent: KVStore, out: Path, fingerprint: str, resampler
     )
 
 
-def describe(stage: StoreStage, store: KVStore) -> str:
-    """What there is of a stage's store by now, for people."""
-    failed, missing = len(store.failed), set(stage.wanted(store.manifest)) & set(store.missing_parts())
-    size = store.size_on_disk() / 1e6
-    note = f", {failed} failed samples" if failed else ""
-    if met := store.coverage():
-        text, with_target = (sum(counts[i] for counts in met.values()) for i in range(2))
-        note += f", {with_target / max(text, 1):.1%} of text tokens have a target"
-    if missing:
-        note += f"; {len(missing)} parts are not there yet, which are not among {stage.share}"
-    return f"{store.num_tokens} tokens of {store.geometry}, {size:.1f} MB at {store.path}{note}"
+def _next_projector(path: Path) -> Path:
+    return path.with_name(f".next-{path.name}")
 
 
 def _card(projector: Path) -> dict[str, Any]:
@@ -395,8 +434,3 @@ def _card(projector: Path) -> dict[str, Any]:
         return read_json_object(projector.with_suffix(".json"))
     except (OSError, ValueError):
         return {}
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..errors import ManifestMismatchError, RecipeError
 from ..store import CODECS, DTYPES, LOSSY, KVStore, Manifest, PartReader, default_page_tokens, library_versions
+from ..store.part_exchange import removed_if_empty, replacing_outdated
 from .parallel import run_parts, walk
 
 
@@ -117,15 +118,27 @@ def transcode_store(
     if (out / "zarr.json").exists() and (found := KVStore.open(out).manifest.differences(manifest)):
         fields = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in found.items())
         raise ManifestMismatchError(f"{out} holds something else ({fields}); remove it, or write to a new folder")
-    made = KVStore.create(out, manifest)
-    work = Transcoding(str(here), str(out.resolve()))
+    with removed_if_empty(out):
+        return _transcode(source, KVStore.create(out, manifest), parts, scheduler, on_part)
+
+
+def _transcode(
+    source: KVStore,
+    made: KVStore,
+    parts: Collection[int] | None,
+    scheduler: str | None,
+    on_part: Callable[[int], None],
+) -> KVStore:
+    work = Transcoding(str(source.path.resolve()), str(made.path.resolve()))
     there = [part for part in source.committed_parts() if parts is None or part in parts]
-    done = set(made.committed_parts())
-    for part in sorted(done):
-        if part in there and not work.holds(made.part(part), source.part(part)):
-            made.drop_part(part)
-            done.remove(part)
-    for part in sorted(done & set(there)):
-        on_part(part)
-    run_parts(work, [part for part in there if part not in done], scheduler=scheduler, on_part=on_part)
+
+    def outdated() -> list[int]:
+        done = set(made.committed_parts()) & set(there)
+        return [part for part in sorted(done) if not work.holds(made.part(part), source.part(part))]
+
+    with replacing_outdated(made, outdated):
+        done = set(made.committed_parts()) & set(there)
+        for part in sorted(done):
+            on_part(part)
+        run_parts(work, [part for part in there if part not in done], scheduler=scheduler, on_part=on_part)
     return made

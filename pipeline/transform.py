@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from ..errors import AlignmentError, StageError
+from ..errors import AlignmentError, StageError, StoreNotFoundError
 from ..extract import Corpus, CorpusSettings, Encoder, corpus_stamp, load_corpus
 from ..hub import ModelSource, find_model, load_tokenizer
 from ..store import LOGITS, BackgroundWriter, Derive, ExtraArray, KVSample, KVStore, Manifest, PartReader
@@ -150,11 +150,18 @@ class Unclaimed:
     """The store that it writes."""
     fingerprint: str
     """Of that store."""
+    output: str
+    """Where that store lies once it is complete; `out` itself, unless another output is being replaced."""
 
     def __call__(self, part: int) -> int:
         """Waits for whoever is at the part, then makes it if it is not there."""
-        store = open_unchanged(self.out, self.fingerprint)
-        claim = store.claim(part, wait=True)
+        try:
+            store = open_unchanged(self.out, self.fingerprint)
+            claim = store.claim(part, wait=True)
+        except (StoreNotFoundError, StageError):
+            if self.out != self.output and open_unchanged(self.output, self.fingerprint).holds(part):
+                return part  # Another process made the last part, and the store took the place of the old one.
+            raise
         assert claim is not None
         try:
             return part if store.holds(part) else self.work(part)

@@ -55,15 +55,20 @@ def reading(path: Path | str) -> Iterator[None]:
     """
     try:
         yield
-    except (KavaError, FileNotFoundError):
+    except (KavaError, FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
         reason = os.strerror(error.errno).lower() if error.errno else str(error)
         if error.errno == errno.ESTALE:
             raise RetryLaterError(f"{path}: {reason}; run the same command again") from error
         if error.errno in (errno.EACCES, errno.EPERM):
-            raise StoreError(f"{path}: cannot be read: {reason}; mend its rights") from error
+            raise StoreError(f"{path}: cannot be read: {reason}. Change its rights, or ask its owner to.") from error
         raise DamagedStoreError(f"{path}: cannot be read: {reason}") from error
+
+
+def is_writable(folder: Path) -> bool:
+    """Return whether files can be created in a folder: not on read-only media, nor in another user's folder."""
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def read_all(file: int, nbytes: int, offset: int) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ def digest_file(path: Path) -> str:
         return _sha256(path)
     key = digest_json([str(path.resolve()), *file_stamp(path)])
     note = cache_folder() / "digests" / key
-    if note.is_file() and len(known := note.read_text()) == 32:
-        return known
+    with suppress(OSError):  # A cache that is not there, or another user's, only costs time.
+        if len(known := note.read_text()) == 32:
+            return known
     found = _sha256(path)
     try:
         note.parent.mkdir(parents=True, exist_ok=True)

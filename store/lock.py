@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, TypeVar
 
-from ..errors import KavaError
+from ..errors import KavaError, StoreNotFoundError
 from .files import disk_errors
 
 T = TypeVar("T")
@@ -59,12 +59,25 @@ class Lock:
             _HELD.add(path)
 
     @classmethod
-    def take(cls, path: Path, *, wait: bool = False) -> Lock | None:
-        """The lock of the file `path`; None if another holds it and `wait` is not set."""
+    def take(cls, path: Path, *, wait: bool = False, create: bool = True) -> Lock | None:
+        """Return the lock of the file `path`; None if another process holds it and `wait` is not set.
+
+        Args:
+            path: of the lock.
+            wait: whether to wait for its holder.
+            create: whether to create the folder of the lock.
+
+        Raises:
+            StoreNotFoundError: if the folder does not exist and `create` is not set.
+        """
         began, pause, seen = time.monotonic(), 0.01, None
         while True:
             try:
                 with disk_errors(path):
+                    if create:
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                    elif not path.parent.is_dir():
+                        raise StoreNotFoundError(f"{path.parent} does not exist any more")
                     return cls(path, _try(path))
             except _HeldError:
                 if not wait:
@@ -85,6 +98,30 @@ class Lock:
         with suppress(OSError):  # In this order: once it is let go of, it may be another's.
             self._path.unlink()
         os.close(self._descriptor)
+
+
+def is_held(path: Path) -> bool | None:
+    """Return whether a process holds the lock of the file `path`; None if there is no such file, or no locks."""
+    try:
+        try:
+            descriptor = os.open(path, os.O_RDWR)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EROFS):
+                raise
+            descriptor = os.open(path, os.O_RDONLY)  # On a local file system, reading is enough to ask.
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def at_work() -> None:
@@ -112,7 +149,6 @@ class _HeldError(KavaError):
 
 
 def _try(path: Path) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:

@@ -1,4 +1,9 @@
-"""Who makes what is not finished yet: a mark in its name, by which what a dead process left is found."""
+"""Writers of unfinished files and folders: a mark in the name, and a lock beside it that its writer holds.
+
+The lock decides whether the writer is alive: it also tells of a writer in another container or PID namespace, whose
+process id means nothing here. Host, process id and birth, which the mark holds, decide only where there is no lock file
+or the file system has no locks.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,8 @@ import re
 import socket
 import uuid
 from pathlib import Path
+
+from .lock import Lock, is_held
 
 
 def mark() -> str:
@@ -40,3 +47,40 @@ def _birth(pid: int) -> str:
     except OSError:
         return "0"
     return fields[19]
+
+
+def hold(path: Path) -> Lock:
+    """Take the lock of a hidden path before it is created; release it when the path is renamed or removed.
+
+    Args:
+        path: a path with a `mark()` in its name.
+    """
+    lock = Lock.take(lock_of(path), wait=True)
+    assert lock is not None
+    return lock
+
+
+def lock_of(path: Path) -> Path:
+    """Return the lock file of a hidden path: beside it, so that the path itself holds nothing else."""
+    return path.with_name(f"{path.name}.lock")
+
+
+def is_abandoned(path: Path, mark: str, *, any_host: bool = False) -> bool:
+    """Return whether nobody writes a hidden path any more, so that it may be removed.
+
+    Args:
+        path: the path that was given to `hold`.
+        mark: the `mark()` in its name.
+        any_host: whether to believe the lock of a writer on a host with another name. A file system may keep locks
+            to one host, so a command believes it only when a user asks for repair.
+    """
+    held = is_held(lock_of(path))
+    if held is None:
+        return is_gone(mark)
+    return not held and (any_host or host_of(mark) == socket.gethostname())
+
+
+def host_of(mark: str) -> str | None:
+    """Return the name of the host in a mark; None if it is no mark."""
+    parsed = re.fullmatch(r"(.+)-(\d+)-(\d+)-[0-9a-f]+", mark)
+    return None if parsed is None else parsed[1]

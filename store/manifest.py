@@ -2,7 +2,8 @@
 
 The *content* of a store is determined by everything in the manifest except the library versions and a lossless codec (a
 lossy one is content: it changes numbers); the fingerprint is a digest of exactly that. Two stores with the same
-fingerprint hold the same numbers.
+fingerprint hold the same numbers within rounding of the dtype that they were computed in; parts whose `written_by`
+(backend, library versions, device, tokens of a batch) is the same too are equal bit for bit under Hugging Face.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ class Manifest(_Strict):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def fingerprint(self) -> str:
-        """A digest of everything that determines the content."""
+        """A digest of everything that determines the content, within rounding."""
         lossless = () if self.codec in LOSSY else ("codec",)
         content = self.model_dump(mode="json", exclude={*_NOT_CONTENT, *lossless})
         if not self.extras:  # As if there were no such field: stores from before it keep their fingerprint.

@@ -98,11 +98,11 @@ class PartReader:
 
     @property
     def content(self) -> str:
-        """Digest by which derived parts remember this one: its own, or that of the part it was transcoded from.
+        """Digest by which derived parts remember this one: provenance does not count; after transcoding the original's.
 
         Two parts of stores with equal fingerprints and equal `content` hold the same numbers.
         """
-        return str(self.table.get("content", self.digest))
+        return str(self.table["content"])
 
     @property
     def num_rows(self) -> int:

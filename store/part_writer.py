@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -19,11 +18,11 @@ import numpy as np
 from ..errors import PartExistsError, StoreError
 from .codec import Chunk
 from .extras import checked_extras
-from .files import disk_errors, file_table, fsync, fsync_tree, remove, write_protect
+from .files import disk_errors, file_table, fsync, fsync_tree, write_protect
 from .fingerprint import digest_json
 from .index import INDEX_FILE, KV, PartIndex, sample_table
-from .lock import Lock, at_work
-from .maker import is_gone, mark
+from .lock import at_work
+from .maker import hold, mark
 from .manifest import Manifest
 from .part import TOKEN_FIELDS, TOKENS, pack_tokens, paged_arrays, part_name
 from .prepare import Prepared, prepare
@@ -72,6 +71,7 @@ class PartWriter:
         self._target_tokens = 0
         self._coverage: np.ndarray[Any, Any] | None = None
         self._arrays_begun = False
+        self._held = hold(self._folder)
         with disk_errors(root):
             self._folder.mkdir(parents=True)
 
@@ -178,8 +178,8 @@ class PartWriter:
                 "coverage": coverage if self._coverage is None else self._coverage.tolist(),
                 "files": file_table(self._folder, {p: f for w in self._pages.values() for p, f in w.files.items()}),
             }
-            if content is not None:
-                attributes["content"] = content
+            same = {name: value for name, value in attributes.items() if name != "written_by"}
+            attributes["content"] = content or digest_json(same)
             attributes["digest"] = digest_json(attributes)
             header = {"zarr_format": 3, "node_type": "group", "attributes": {"kava_part": attributes}}
             (self._folder / "zarr.json").write_text(json.dumps(header, indent=1))
@@ -214,6 +214,7 @@ class PartWriter:
             shutil.rmtree(self._folder, ignore_errors=True)
             if gone == 4:
                 break
+        self._held.release()
 
     def _claim(self, position: int, sample_id: str, split: Split) -> None:
         if not 0 <= position < len(self.samples):
@@ -301,19 +302,6 @@ class PartWriter:
             extras=self._per_sample,
         )
         (self._folder / INDEX_FILE).write_bytes(index.save())
-
-
-def remove_leftovers(root: Path) -> None:
-    """Removes hidden folders of writers of this host that are no longer alive, and claims that nobody holds."""
-    for folder in (root / "parts").glob(".tmp-*-*"):
-        if is_gone(folder.name.split("-", 2)[2]):
-            shutil.rmtree(folder, ignore_errors=True)
-    for claim in (root / "parts").glob(".claim-*"):
-        if (lock := Lock.take(claim)) is not None:
-            lock.release()
-    for folder in (root / "parts").glob(".drop-*"):
-        with suppress(OSError):  # Its remover may be at it.
-            remove(folder)
 
 
 def _digest_of(part: Path) -> str | None:

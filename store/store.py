@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -18,12 +19,13 @@ from .dtypes import DType, dtype_of
 from .files import disk_errors, reading, remove, size_of, write_atomic
 from .fingerprint import digest_json
 from .geometry import KVGeometry
+from .leftovers import remove_leftovers
 from .lock import Lock
 from .manifest import Manifest
 from .open_parts import OpenParts
 from .part import PartLayout, part_name
 from .part_reader import PartReader
-from .part_writer import PartWriter, remove_leftovers
+from .part_writer import PartWriter
 from .sample import SEGMENTS, KVBatch, KVSample, Split, collate
 from .table import header_bytes, read_header
 
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from .verify import Damage
 
 _ASIDE: Final = ".aside-"
+OUTDATED: Final = ".outdated-"
+"""Prefix of a part that is hidden until it is written again; see `part_exchange`."""
 _CLAIM: Final = ".claim-"
 
 
@@ -262,14 +266,21 @@ class KVStore(Sequence[KVSample]):
 
     def committed_parts(self) -> list[int]:
         """Numbers of the parts that are written; what lies in a part's place and is none counts, as a damaged one."""
-        return self._parts_named("")
+        return self.parts_named("")
 
     def parts_set_aside(self) -> list[int]:
         """Numbers of the parts that were taken out and not written again yet."""
-        return self._parts_named(_ASIDE)
+        return self.parts_named(_ASIDE)
 
-    def _parts_named(self, prefix: str) -> list[int]:
-        names = (p.name.removeprefix(prefix) for p in (self.path / "parts").glob(f"{prefix}[0-9]*"))
+    def parts_named(self, prefix: str) -> list[int]:
+        """Return the numbers of parts that lie under a name with this prefix."""
+        folder = self.path / "parts"
+        try:
+            with reading(folder):
+                entries = [entry.name for entry in folder.iterdir()]
+        except (FileNotFoundError, NotADirectoryError):
+            entries = []
+        names = (name.removeprefix(prefix) for name in entries if name.startswith(prefix))
         found = sorted(int(name) for name in names if re.fullmatch(r"[0-9]+", name) and name == part_name(int(name)))
         return [index for index in found if index < self.manifest.num_parts]
 
@@ -286,8 +297,11 @@ class KVStore(Sequence[KVSample]):
         """Says that this process is at a part; None if another is, and `wait` is not set.
 
         Whoever holds the claim looks whether the part is there by now. It saves work, no more: see `Lock`.
+
+        Raises:
+            StoreNotFoundError: if the store was moved to another place meanwhile, as a rebuild is that is complete.
         """
-        return Lock.take(self.path / "parts" / f"{_CLAIM}{part_name(index)}", wait=wait)
+        return Lock.take(self.path / "parts" / f"{_CLAIM}{part_name(index)}", wait=wait, create=False)
 
     def holds(self, index: int) -> bool:
         """Whether a part is written."""
@@ -302,20 +316,25 @@ class KVStore(Sequence[KVSample]):
             (self.path / "parts" / part_name(index)).rename(doomed)
             remove(doomed)
 
+    def forget(self, index: int) -> None:
+        """Close the reader of a part, which another one replaces."""
+        self._parts.forget(index)
+
     def set_aside(self, index: int) -> None:
         """Takes a part out, but keeps it under a hidden name until it is written again: see `remove_set_aside`."""
-        self._parts.forget(index)
+        self.forget(index)
         with disk_errors(self.path):
             hidden = self.path / "parts" / f"{_ASIDE}{part_name(index)}"
             remove(hidden)
             (self.path / "parts" / part_name(index)).rename(hidden)
 
     def remove_set_aside(self) -> None:
-        """Removes parts that were set aside and are written again."""
+        """Remove parts that were set aside or hidden and are written again."""
         with disk_errors(self.path):
-            for index in set(self.parts_set_aside()) & set(self.committed_parts()):
-                with suppress(FileNotFoundError):  # Another process that opens the store may be at it.
-                    remove(self.path / "parts" / f"{_ASIDE}{part_name(index)}")
+            for prefix in (_ASIDE, OUTDATED):
+                for index in set(self.parts_named(prefix)) & set(self.committed_parts()):
+                    with suppress(FileNotFoundError):  # Another process that opens the store may be at it.
+                        remove(self.path / "parts" / f"{prefix}{part_name(index)}")
 
     def indices(self, split: Split | None = None) -> list[int]:
         """Return the samples that are written and did not fail, of one split or of all."""
@@ -338,6 +357,11 @@ class KVStore(Sequence[KVSample]):
             if len(indices) == len(wanted):
                 break
         return indices
+
+    @property
+    def written_by(self) -> dict[str, int]:
+        """What computed the parts, with the number of parts of each; parts made from another store do not say."""
+        return dict(Counter(part.written_by for part in self._there() if part.written_by))
 
     @property
     def failed(self) -> dict[str, str]:

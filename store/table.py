@@ -44,7 +44,7 @@ class _Table(BaseModel):
     failed: dict[str, str]
     sources: dict[str, str]
     written_by: str = ""
-    content: str | None = None
+    content: str
     coverage: list[Annotated[list[int], Field(min_length=3, max_length=3)]] | None = None
     files: dict[str, Annotated[list[int | str], Field(min_length=2, max_length=2)]]
     digest: str

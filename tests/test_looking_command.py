@@ -158,3 +158,19 @@ def test_a_report_while_files_are_rotated_away(recipe: Path) -> None:
         stop.set()
         thread.join()
     assert max(sizes) - min(sizes) <= 20
+
+
+def test_parts_that_were_written_differently(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    path = write_recipe(tmp_path, tiny_models)
+    store = tmp_path / "run/teachers/big.zarr"
+    kava("extract", path, "--parts", "0-1", "-s", "extract.batch_tokens=64")
+    kava("extract", path, "--parts", "2")
+    assert "written in 2 ways that round differently" in _stages(path)["extract big"]["detail"]
+    assert "written by" in kava("inspect", store)
+    writers = json.loads(kava("inspect", store, "--json"))["facts"]["written_by"]
+    assert {who.rpartition(", ")[2]: parts for who, parts in writers.items()} == {
+        "batch_tokens 64": 2,
+        "batch_tokens 4096": 1,
+    }
+    kava("extract", path, "--force")
+    assert "ways" not in _stages(path)["extract big"]["detail"]

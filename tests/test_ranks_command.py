@@ -159,6 +159,33 @@ def test_ranks_at_the_same_moment(alone: Path, tmp_path: Path, tiny_models: dict
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [True, False])
+def test_a_stale_run_is_made_again_together(
+    alone: Path, tmp_path: Path, tiny_models: dict[str, Path], ranks: bool
+) -> None:
+    """All write the same rebuilds, and whoever completes one exchanges it while others are still at their last part."""
+    recipe = _recipe(tmp_path / "ranks", tiny_models)
+    kava("run", recipe, "--until", "fuse", "-s", "resample.method=mean", "-s", "project.heads=mean")
+    assert _made(recipe) != _made(alone)
+    commands = _ranks(recipe, 2) if ranks else [["run", recipe, "--until", "fuse"]] * 2
+    _all_done(together(commands))
+    assert _made(recipe) == _made(alone)
+    assert list((tmp_path / "ranks/run").rglob(".*")) == []
+
+
+@pytest.mark.slow
+def test_a_forced_capture_is_made_again_together(alone: Path, tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    recipe = _recipe(tmp_path / "ranks", tiny_models)
+    kava("run", recipe, "--until", "fuse")
+    for words in ([], ["--rank", "0", "--world-size", "2"]):
+        second = ["--rank", "1", "--world-size", "2"] if words else []
+        command = ["run", recipe, "--only", "extract", "--force", "extract"]
+        _all_done(together([[*command, *words], [*command, *second]]))
+        assert _made(recipe) == _made(alone)
+        assert list((tmp_path / "ranks/run").rglob(".*")) == []
+
+
+@pytest.mark.slow
 def test_without_ranks_two_processes_share_the_work(alone: Path, tmp_path: Path, tiny_models: dict[str, Path]) -> None:
     recipe = _recipe(tmp_path / "ranks", tiny_models)
     _all_done(together([["run", recipe, "--until", "fuse"]] * 2))

@@ -98,7 +98,7 @@ def test_status_for_programs(tmp_path: Path, tiny_models: dict[str, Path]) -> No
     recipe = write_recipe(tmp_path, tiny_models)
     kava("extract", recipe, "--parts", "1-2")
     found = json.loads(kava("status", recipe, "--json"))
-    assert set(found) == {"run_dir", "complete", "stages", "students"}
+    assert set(found) == {"run_dir", "complete", "stages", "students", "leftovers"}
     assert found["complete"] is False
     rows = {row["name"]: row for row in found["stages"]}
     keys = ["stage", "name", "teacher", "output", "state", "detail"]

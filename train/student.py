@@ -14,7 +14,8 @@ from typing import Any, Final
 from ..errors import RecipeError
 from ..hub import ModelSource, find_model, load_model, load_tokenizer, one_line, refuse_unknown_rope
 from ..store.files import disk_errors
-from ..store.maker import is_gone, mark
+from ..store.leftovers import remove_temporary
+from ..store.maker import hold, mark
 from ..tap import attention_layout, probe_geometry
 from .settings import ByteLevelBPE, StudentSettings
 
@@ -53,12 +54,11 @@ def make_student(settings: StudentSettings, folder: Path, texts: Iterable[str]) 
     geometry = probe_geometry(model)
     if settings.geometry is not None and settings.geometry != geometry:
         raise RecipeError(f"student.geometry: the recipe states {settings.geometry}, the model has {geometry}")
-    for left in folder.parent.glob(".tmp-*"):
-        if is_gone(left.name.removeprefix(f".tmp-{folder.name}-")):
-            shutil.rmtree(left, ignore_errors=True)
+    remove_temporary(folder)
     # Another process may be at the same, where a file system knows no locks.
     temporary = folder.with_name(f".tmp-{folder.name}-{mark()}")
     with saving(folder):
+        lock = hold(temporary)
         try:
             temporary.mkdir(parents=True)
             model.save_pretrained(temporary)
@@ -66,6 +66,7 @@ def make_student(settings: StudentSettings, folder: Path, texts: Iterable[str]) 
             _move(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            lock.release()
 
 
 def _move(made: Path, folder: Path) -> None:

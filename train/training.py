@@ -48,6 +48,7 @@ def train_student(
     settings: TrainSettings,
     *,
     corpus_digest: str | None = None,
+    on_begin: Callable[[], None] = lambda: None,
     on_step: Callable[[int, int], None] = lambda step, total: None,
     ranks: Ranks | None = None,
 ) -> TrainResult:
@@ -62,6 +63,7 @@ def train_student(
         out: the new folder; logs lie beside the weights.
         settings: see `TrainSettings`.
         corpus_digest: the corpus that the targets must be of; None to accept any.
+        on_begin: called on the first rank when nothing was refused, before the first step.
         on_step: called with the step reached and the last one.
         ranks: the processes that train together, of which only the first writes; None for this one alone.
 
@@ -103,6 +105,8 @@ def train_student(
         trainer.remove_callback(PrinterCallback)
         if checkpoint is not None:
             trainer.load_state(checkpoint)
+        if ranks.is_first:
+            on_begin()
         if not trainer.finished:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         # A signal behind the last step may find no checkpoint: the training is finished then, and is saved.
@@ -123,17 +127,6 @@ def train_student(
         ranks.wait()
     metrics = {name.removeprefix("heldout_"): value for name, value in metrics.items() if name.startswith("heldout_")}
     return TrainResult(int(trainer.state.global_step), metrics, trainer.alpha)
-
-
-def check_training(
-    student: Path, store: Targets, out: Path, settings: TrainSettings, *, corpus_digest: str | None = None
-) -> None:
-    """Refuses what `train_student` would refuse before its first step; writes nothing.
-
-    Raises:
-        KavaError: as `train_student` does.
-    """
-    _prepare(student, store, out, settings, corpus_digest)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 from ...errors import CaptureError, CheckpointError, KavaError, RecipeError, RetryLaterError, UnsupportedModelError
 from ...hub import ModelSource, check_weights, dense_source, load_config, model_geometry, one_line
 from ...store import KVGeometry
-from ..teacher import Captured
+from ..teacher import Captured, provenance
 from ..tokens import Tokens
 from .compat import forget_shared_memory, installed_version
 from .handover import Inbox
@@ -103,7 +103,7 @@ class VLLMTeacher:
         self._config = load_config(source)
         _refuse_other_names(source)
         self.max_tokens = max_prompt(self._config, settings)
-        self.backend = f"vllm {installed_version()}"
+        version = installed_version()
         _quiet()
         self.geometry: KVGeometry = model_geometry(source)
         self._output_dtype, self._settings, self._decoding = output_dtype, settings, decoding
@@ -116,6 +116,8 @@ class VLLMTeacher:
         try:
             self._llm = self._on_engine(self._start, dense_source(source), dtype, batch_tokens)
             self._attach()
+            tokens = settings.max_num_batched_tokens or batch_tokens
+            self.backend = provenance("vllm", version, _device_name(), tokens)
         except BaseException:
             self.close()
             raise
@@ -362,3 +364,10 @@ def _quiet() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+
+
+def _device_name() -> str:
+    """Kind and model of the device, by vLLM: asking torch would start CUDA in this process."""
+    from vllm.platforms import current_platform
+
+    return f"{current_platform.device_type} {current_platform.get_device_name()}"

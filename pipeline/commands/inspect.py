@@ -65,6 +65,7 @@ def _facts(store: KVStore) -> dict[str, Any]:
             s.name.lower(): int(segments[s]) for s in Segment if s and (segments[s] or s is not Segment.TURN)
         },
         "coverage": store.coverage(),
+        "written_by": store.written_by,
         "bytes_per_token": store.geometry.bytes_per_token(store.dtype.itemsize),
         "bytes_on_disk": disk,
         "disk_to_raw": round(disk / raw, 3) if raw else None,
@@ -138,6 +139,8 @@ def _print_store(store: KVStore, facts: dict[str, Any], out: Console) -> None:
             **facts["confidence"]
         ),
         "made with": ", ".join(f"{name} {version}" for name, version in m.versions.items()),
+        "written by": "; ".join(f"{who} ({count} parts)" for who, count in facts["written_by"].items())
+        or "what its parents were",
         "parameters": json.dumps(m.parameters) if m.parameters else "none",
         "parents": ", ".join(f"{name} {fingerprint}" for name, fingerprint in m.parents.items()) or "none",
         "tokenizer": m.tokenizer_digest,

@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from ..leftovers import leftovers
 from ..run import Run
 from ..stages import result_line, stages_of, trained_students
 
@@ -32,7 +33,14 @@ def survey(run: Run) -> dict[str, Any]:
         named = {"stage": stage.label, "name": stage.name, "teacher": stage.teacher, "output": str(stage.output)}
         rows.append(named | asdict(found))
     complete = all(row["state"] == "complete" for row in rows)
-    return {"run_dir": str(run.root), "complete": complete, "stages": rows, "students": trained_students(run)}
+    left = [{"path": str(x.path), "bytes": x.size, "kind": x.kind, "use": x.use} for x in leftovers(run)]
+    return {
+        "run_dir": str(run.root),
+        "complete": complete,
+        "stages": rows,
+        "students": trained_students(run),
+        "leftovers": left,
+    }
 
 
 def tables(found: dict[str, Any]) -> list[Table]:
@@ -41,12 +49,23 @@ def tables(found: dict[str, Any]) -> list[Table]:
     for row in found["stages"]:
         colour = _COLOURS.get(row["state"], "dim")
         table.add_row(row["stage"], f"[{colour}]{row['state']}[/]", escape(row["detail"]), escape(row["output"]))
+    tables = [table, *_leftovers_table(found["leftovers"])]
     if not found["students"]:
-        return [table]
+        return tables
     students = Table("student", "alpha", "result", "folder", box=None, pad_edge=False)
     for record in found["students"]:
         students.add_row(record["name"], f"{record['alpha']:g}", result_line(record), escape(record["path"]))
-    return [table, students]
+    return [*tables, students]
+
+
+def _leftovers_table(rows: list[dict[str, Any]]) -> list[Table]:
+    """Name what killed processes left behind; no table if there is nothing."""
+    if not rows:
+        return []
+    table = Table("left behind", "size", "what it is", "state", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(escape(row["path"]), f"{row['bytes'] / 1e6:.1f} MB", escape(row["kind"]), row["use"])
+    return [table]
 
 
 def watch_run(look: Callable[[], dict[str, Any]], out: Console, every: float | None) -> None:

@@ -15,7 +15,7 @@ from ..recipe import FuseSettings
 from ..run import Run
 from ..stage import Stage, Status
 from ..store_stages import StoreStage
-from ..transform import Unclaimed, open_unchanged
+from ..transform import open_unchanged
 from .fusion import Fusion, fused_manifest, fusion_key, measure_fusion
 from .view import FusedTargets, take_survey
 
@@ -80,21 +80,29 @@ class FuseStage(StoreStage):
     def make(self, scheduler: str | None) -> str:
         """Measures what is the same for all samples, then fuses the parts that are missing or outdated."""
         stores, manifest = open_targets(self.run), self.manifest()
-        fusion = measured(self.run, stores, manifest)
-        store = KVStore.create(self.output, manifest)
-        self.drop_outdated(store)
-        targets = tuple((name, str(store.path.resolve())) for name, store in stores.items())
         path = self.run.fusion_path(_settings(self.run).name)
-        work = FusePart(str(path.resolve()), targets, str(self.output.resolve()))
-        missing = self.missing(store)
-        with progress(self.label, len(missing), "parts") as advance:
-            unclaimed = Unclaimed(work, work.out, manifest.fingerprint)
-            run_parts(unclaimed, missing, scheduler=scheduler, on_part=lambda part: advance(1))
+        fusion = measured(self.run, stores, manifest, path)
+        store = self.store()
+        targets = tuple((name, str(target.path.resolve())) for name, target in stores.items())
+        work = FusePart(str(path.resolve()), targets, str(store.path.resolve()))
+        with self.rewriting(store):
+            missing = self.missing(store)
+            with progress(self.label, len(missing), "parts") as advance:
+                unclaimed = self.unclaimed(work, store)
+                run_parts(unclaimed, missing, scheduler=scheduler, on_part=lambda part: advance(1))
+        return self._described(store, fusion)
+
+    def summary(self, line: str) -> str:
+        """Describe the output, in which the rebuild lies now."""
+        return self._described(KVStore.open(self.output), Fusion.load(self.run.fusion_path(_settings(self.run).name)))
+
+    def _described(self, store: KVStore, fusion: Fusion) -> str:
+        store = self.current(store)
         failed = len(store.failed)
         note = f", {failed} failed samples" if failed else ""
         if absent := store.missing_parts():
             note += f"; {len(absent)} parts are not there yet, which are not among {self.share}"
-        return f"{store.num_tokens} tokens of {store.geometry}, {_told(fusion)} at {store.path}{note}"
+        return f"{store.num_tokens} tokens of {store.geometry}, {_told(fusion)} at {self.output}{note}"
 
     def inputs(self) -> dict[Path, list[int]]:
         """Every part of every teacher's targets: what is measured is measured on all of them."""
@@ -115,7 +123,7 @@ class FuseViewStage(Stage):
         """Compares the file with the recipe and the targets."""
         manifest = wanted_manifest(self.run)
         try:
-            fusion = Fusion.load(self.output)
+            fusion = Fusion.load(self.building)
         except StoreNotFoundError:
             return Status("missing")
         if found := fusion.manifest.differences(manifest):
@@ -129,20 +137,16 @@ class FuseViewStage(Stage):
     def make(self, scheduler: str | None) -> str:
         """Measures what is the same for all samples, and reads all targets once for their statistics."""
         stores = open_targets(self.run)
-        fusion = measured(self.run, stores, wanted_manifest(self.run))
+        fusion = measured(self.run, stores, wanted_manifest(self.run), self.building)
         view = FusedTargets(self.output, stores, fusion)
         with progress(self.label, fusion.manifest.num_parts, "parts") as advance:
             survey = take_survey(view, on_part=lambda part: advance(1))
-        replace(fusion, survey=survey).save(self.output)
+        replace(fusion, survey=survey).save(self.building)
         return f"{survey.tokens} tokens with a target of {view.geometry}, {_told(fusion)}, by {self.output}"
 
     def inputs(self) -> dict[Path, list[int]]:
         """Every part of every teacher's targets."""
         return all_targets(self.run)
-
-    def discard(self) -> None:
-        """Removes the file."""
-        self.output.unlink(missing_ok=True)
 
 
 def fuse_stage(run: Run) -> Stage:
@@ -172,14 +176,19 @@ def all_targets(run: Run) -> dict[Path, list[int]]:
     return {store.path: list(range(store.manifest.num_parts)) for store in open_targets(run).values()}
 
 
-def measured(run: Run, stores: dict[str, KVStore], manifest: Manifest) -> Fusion:
+def measured(run: Run, stores: dict[str, KVStore], manifest: Manifest, path: Path) -> Fusion:
     """The fusion on disk if it was measured on these very targets, else one that is measured now, and saved.
+
+    Args:
+        run: the run.
+        stores: the targets that are fused.
+        manifest: that of the fused targets.
+        path: where the fusion is saved.
 
     Raises:
         StageError: if targets are missing or are not those of the recipe.
     """
     settings = _settings(run)
-    path = run.fusion_path(settings.name)
     if found := [n for n, store in stores.items() if store.manifest.fingerprint != manifest.parents[n]]:
         raise StageError(f"{stores[found[0]].path} was made for another recipe than it says now; kava project")
     key = fusion_key(stores, manifest)

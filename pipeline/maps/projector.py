@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import AlignmentError, StageError
 from ...store import KVGeometry
-from ...store.files import check_regular, write_atomic
+from ...store.files import check_regular, disk_errors, write_atomic
 from ...store.safe_json import parse_json, shortened
 from .layers import LayerMap
 
@@ -114,3 +114,18 @@ def _check_shapes(header: dict[str, Any], source: KVGeometry, target: KVGeometry
                     raise ValueError(f"{name}.{index}.{kind} has shape {tuple(tensors[index].shape)}, expected {shape}")
     if not isinstance(header["card"], dict):
         raise ValueError("its card is no object")
+
+
+def move_projector(path: Path, final: Path) -> None:
+    """Give a saved projector another name on the same file system, with its card."""
+    with disk_errors(final):
+        for source, target in ((path, final), (path.with_suffix(".json"), final.with_suffix(".json"))):
+            if source.exists():
+                source.replace(target)
+
+
+def remove_projector(path: Path) -> None:
+    """Remove a saved projector, with its card."""
+    with disk_errors(path):
+        for file in (path, path.with_suffix(".json")):
+            file.unlink(missing_ok=True)

@@ -198,7 +198,8 @@ def _evaluations(page: Page, run: Run) -> None:
 
     page.section("Evaluated students")
     rows = []
-    for path in [*sorted((run.root / "students").glob(f"*/{RESULT}")), *sorted(run.compare_dir.glob(f"*/{RESULT}"))]:
+    folders = (run.root / "students", run.compare_dir)
+    for path in [path for folder in folders for path in sorted(folder.glob(f"[!.]*/{RESULT}"))]:
         try:
             found = read_json_object(path)
         except (OSError, ValueError):
@@ -317,7 +318,7 @@ def _provenance(page: Page, run: Run) -> None:
     trained = [(f"student {record['name']}", record) for record in trained_students(run)]
     trained += [
         (f"compare {path.parent.name}", read_record(path.parent))
-        for path in sorted(run.compare_dir.glob(f"*/{RECORD}"))
+        for path in sorted(run.compare_dir.glob(f"[!.]*/{RECORD}"))
     ]
     rows += [
         [label, str(record.get("key")), f"trained on targets {record.get('targets')}"] for label, record in trained

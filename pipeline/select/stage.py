@@ -172,7 +172,7 @@ class SelectStage(TransformStage):
         rotated = settings.keys == "rotated" and selector.compares_keys
         return Selection(
             parent=str(parent.path.resolve()),
-            out=str(self.output.resolve()),
+            out=str(self.building.resolve()),
             fingerprint=self.manifest().fingerprint,
             selector=selector,
             segment=int(SEGMENTS[settings.segment]),

@@ -107,6 +107,7 @@ def test_another_backend_goes_on_only_if_asked_to(tmp_path: Path, teacher: HFTea
     capture_store(store, corpus, ENCODER, other, CaptureSettings(mix_backends=True))
     assert store.missing_parts() == []
     assert store.part(2).written_by == "vllm 0.99"
+    assert store.written_by == {teacher.backend: 1, "vllm 0.99": 2}
 
 
 def test_only_some_parts(tmp_path: Path, teacher: HFTeacher) -> None:
@@ -142,3 +143,23 @@ def test_logits_that_are_no_numbers_fail_their_sample(tmp_path: Path) -> None:
     )
     capture_store(store, _corpus(2), ENCODER, teacher, CaptureSettings())
     assert store.failed == {"r0": "non-finite logits", "r1": "non-finite logits"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma2"])
+def test_other_batches_differ_by_rounding_alone(tmp_path: Path, model_type: str, dtype: str) -> None:
+    """Equal fingerprint: a relative RMS difference below 4 machine epsilons; equal `written_by`: the same bits."""
+    stores = {}
+    for name, batch_tokens in (("small", 40), ("again", 40), ("large", 4000)):
+        teacher = HFTeacher(tiny_model(model_type, vocab=400).to(getattr(torch, dtype)), batch_tokens=batch_tokens)
+        stores[name] = _store(tmp_path / name, teacher)
+        capture_store(stores[name], _corpus(), ENCODER, teacher, CaptureSettings())
+    small, again, large = stores.values()
+    assert small.manifest.fingerprint == large.manifest.fingerprint
+    assert small.written_by == again.written_by
+    assert small.written_by.keys().isdisjoint(large.written_by)
+    assert tree(small.path) == tree(again.path)
+    for tensors in ("keys", "values"):
+        one, two = (torch.cat([getattr(s, tensors).flatten() for s in store]).double() for store in (small, large))
+        difference = ((one - two).square().mean() / one.square().mean()).sqrt().item()
+        assert difference < 4 * torch.finfo(getattr(torch, dtype)).eps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -80,7 +81,7 @@ def test_a_worker_that_dies_costs_only_its_part(made: tuple[Path, dict[str, byte
     recipe, expected = made
     run = Run(load_recipe(recipe))
     stage = ProjectStage(run, "big")
-    stage.discard()
+    shutil.rmtree(stage.output)
     killed: list[int] = []
 
     def kill_one(cluster: LocalCluster) -> None:

@@ -23,7 +23,7 @@ from kava.errors import (
 )
 from kava.store import KVStore
 from kava.store.fingerprint import digest_file, digest_json, file_stamp
-from kava.store.part_writer import remove_leftovers
+from kava.store.leftovers import remove_leftovers
 
 LENGTHS = [3, 4, 9, 1, 6, 12, 5]
 
