@@ -91,13 +91,14 @@ class Lock:
             pause = min(2 * pause, 0.5)
 
     def release(self) -> None:
-        """Lets go of it."""
-        if self._descriptor is None:
+        """Release the lock; once more is no harm."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is None:
             return
         _HELD.discard(self._path)
-        with suppress(OSError):  # In this order: once it is let go of, it may be another's.
+        with suppress(OSError):  # In this order: once it is released, the file may be another's.
             self._path.unlink()
-        os.close(self._descriptor)
+        os.close(descriptor)
 
 
 def is_held(path: Path) -> bool | None:

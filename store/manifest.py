@@ -197,8 +197,12 @@ class Manifest(_Strict):
 
     def to_attributes(self) -> dict[str, Any]:
         """Return the attributes of a store's Zarr group: all fields, and a digest that covers provenance as well."""
-        fields = self.model_dump(mode="json")
-        return {"kava": {**fields, "digest": digest_json(fields)}}
+        return sealed(self.model_dump(mode="json"))
+
+
+def sealed(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the attributes of a store's Zarr group with these fields of a manifest."""
+    return {"kava": {**fields, "digest": digest_json(fields)}}
 
 
 def default_page_tokens(geometry: KVGeometry, itemsize: int, codec: str = "blosc-zstd") -> int:
