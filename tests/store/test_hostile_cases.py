@@ -18,7 +18,7 @@ def _try(cases: int, seed: int) -> dict[str, int]:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr[-4000:]
     found: dict[str, int] = json.loads(run.stdout.splitlines()[-1])
-    assert found["opened"] + found["refused"] == 4 * cases
+    assert found["opened"] + found["refused"] == 5 * cases
     assert found["refused"] > cases
     return found
 
