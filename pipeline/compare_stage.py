@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Final
 from ..errors import KavaError, RecipeError, StageError
 from ..store import Split, digest_json
 from ..store.files import write_atomic
+from ..store.sealed import write_record
 from ..train.arms import Arm, CompareSettings, NeedsError, run_name
 from ..train.settings import TrainSettings
-from .places import RECORD, read_record
+from .places import read_record
 from .run import Run
 from .stage import Status
-from .stages import TrainStage
+from .stages import TrainStage, sealed_of
 
 if TYPE_CHECKING:
     from ..train.data import Targets
@@ -67,7 +68,7 @@ class ArmStage(TrainStage):
         from ..train.compare import HELDOUT
 
         status = super().inspect()
-        if status.state == "complete" and not (self.output / HELDOUT).is_file():
+        if status.state == "complete" and HELDOUT not in read_record(self.output)["files"]:
             return Status("partial", "trained, not measured yet")
         return status
 
@@ -79,8 +80,8 @@ class ArmStage(TrainStage):
         store = super().targets()
         record = read_record(self.output) | {"arm": self._arm.name, "seed": self.seed}
         record["train_samples"] = digest_json(store.indices(Split.TRAIN))
-        write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
         _measure(self.output, store, self.settings).save(self.output / HELDOUT)
+        write_record(self.output, record, sealed_of(self.output))
         return line
 
     @property

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-RECORD: Final = "kava.json"
-"""What a folder of weights says of itself."""
+from ..store.sealed import RECORD as RECORD
+from ..store.sealed import read_sealed
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record in a folder of weights; empty if there is none that can be read."""
+    """Return the record in a folder of weights; empty if there is none.
+
+    Raises:
+        DamagedStoreError: if it is not as it was written.
+    """
     try:
-        record = json.loads((folder / RECORD).read_text())
-    except (OSError, ValueError):
+        return read_sealed(folder / RECORD)
+    except FileNotFoundError:
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 class Places:

@@ -9,18 +9,19 @@ cheap stages are then made again, costly ones (a capture, a training) only with 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import DamagedStoreError
 from ..hub import load_tokenizer
 from ..progress import progress
 from ..store import Split
-from ..store.files import write_atomic
+from ..store.files import disk_errors, remove, write_atomic
+from ..store.sealed import NOT_SEALED, check_record, sealed_text, visible_files, write_record
 from ..train.ranks import Ranks
-from ..train.settings import TrainSettings
+from ..train.settings import ADAPTER, CHECKPOINTS, TrainSettings
 from .capture_stages import ExtractStage, ReferenceStage
 from .fuse.stage import fuse_stage
 from .generate_stage import GenerateStage
@@ -32,6 +33,7 @@ from .store_stages import ProjectStage, ResampleStage
 
 if TYPE_CHECKING:
     from ..train.data import Targets
+    from ..train.training import TrainResult
 
 
 class StudentStage(Stage):
@@ -55,8 +57,8 @@ class StudentStage(Stage):
         from ..train.student import make_student
 
         texts = [self.run.corpus.records[i].text for i in self.run.corpus.split(Split.TRAIN)]
-        make_student(self.run.recipe.student, self.output, texts)
-        write_atomic(self.output / RECORD, json.dumps({"key": self.run.student_key}).encode())
+        make_student(self.run.recipe.student, self.output, texts, self.run.student_record)
+        self.run.forget_student()
         return f"{self.run.student_geometry}, {len(load_tokenizer(self.run.student_source))} tokens in the vocabulary"
 
 
@@ -111,10 +113,19 @@ class TrainStage(Stage):
         if not self.output.is_dir():
             return Status("missing")
         record = read_record(self.output)
+        if not record:
+            if not visible_files(self.output):  # Stopped before the record of its beginning was on the disk.
+                return Status("missing")
+            raise DamagedStoreError(
+                f"{self.output / RECORD}: damaged: it is missing. Restore it, or train again with --force"
+            )
         if record.get("key") != key:
             return Status("stale", "train settings, the student or its targets changed")
         if "metrics" not in record:
             return Status("partial", "interrupted; goes on at its last checkpoint")
+        check_record(self.output, record, quick=self.run.quick)
+        if (self.output / CHECKPOINTS).exists():
+            return Status("partial", f"{result_line(record)}; its checkpoints are not removed yet")
         return Status("complete", result_line(record))
 
     def make(self, scheduler: str | None) -> str:
@@ -122,14 +133,21 @@ class TrainStage(Stage):
         from ..train.training import train_student
 
         run = self.run
+        if finished := self.ranks.first(self._finish):
+            return finished
         store, settings = self.targets(), self.settings
         record: dict[str, Any] = {"key": self.key(), "targets": store.manifest.fingerprint}
         advance: Callable[[int], None] | None = None
+
+        def on_saved(result: TrainResult) -> None:
+            record.update(name=settings.name, alpha=result.alpha, steps=result.steps, metrics=result.metrics)
+            write_record(self.output, record, sealed_of(self.output))
+
         with ExitStack() as stack:
             if self.ranks.is_first:
                 advance = stack.enter_context(progress(f"{self.label} {settings.name}", settings.max_steps, "steps"))
                 # The record without metrics marks a training that was begun; the next call goes on with it.
-                write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
+                write_atomic(self.output / RECORD, sealed_text({**record, "files": {}}))
                 run.recipe.model_copy(update={"train": settings}).save(self.output / "recipe.yaml")
             result = train_student(
                 run.student_dir,
@@ -138,11 +156,18 @@ class TrainStage(Stage):
                 settings,
                 corpus_digest=run.corpus.digest,
                 on_step=lambda step, total: advance(1) if advance else None,
+                on_saved=on_saved,
                 ranks=self.ranks,
             )
-        record |= {"name": settings.name, "alpha": result.alpha, "steps": result.steps, "metrics": result.metrics}
-        if self.ranks.is_first:
-            write_atomic(self.output / RECORD, json.dumps(record, indent=1).encode())
+        return result_line({"steps": result.steps, "metrics": result.metrics})
+
+    def _finish(self) -> str:
+        """Removes the checkpoints of a training that ended before it could; empty if it has not ended yet."""
+        record = read_record(self.output)
+        if "metrics" not in record or record.get("key") != self.key():
+            return ""
+        with disk_errors(self.output):
+            remove(self.output / CHECKPOINTS)
         return result_line(record)
 
 
@@ -165,6 +190,13 @@ def stages_of(run: Run) -> list[Stage]:
     return [*stages, TrainStage(run)]
 
 
+def sealed_of(folder: Path) -> list[Path]:
+    """What the record of a trained student stands for: all but what trackers write, checkpoints and evaluations."""
+    files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    files += visible_files(folder / ADAPTER) if (folder / ADAPTER).is_dir() else []
+    return [path for path in files if path.name not in (RECORD, *NOT_SEALED)]
+
+
 def result_line(record: dict[str, Any]) -> str:
     """The outcome of a training, for people."""
     metrics = record.get("metrics", {})
@@ -178,7 +210,8 @@ def trained_students(run: Run) -> list[dict[str, Any]]:
     """The records of all finished students of a run, with their folders."""
     found = []
     for path in sorted((run.root / "students").glob(f"*/{RECORD}")):
-        record = read_record(path.parent)
-        if "metrics" in record:
-            found.append({**record, "path": str(path.parent)})
+        with suppress(DamagedStoreError):  # `kava verify RECIPE` names it; the others are listed.
+            record = read_record(path.parent)
+            if "metrics" in record:
+                found.append({**record, "path": str(path.parent)})
     return found

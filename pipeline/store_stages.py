@@ -14,10 +14,11 @@ from ..errors import KavaError, StageError, StoreError, StoreNotFoundError
 from ..extract import Corpus, Encoder, Teacher, capture_store
 from ..progress import progress
 from ..store import KVStore, Manifest, digest_json, locked
+from ..store.sealed import check_entry
 from .cluster.share import format_parts
 from .direct import capture_targets
 from .maps.project import fit_projector
-from .maps.projector import Projector
+from .maps.projector import Projector, read_card
 from .parallel import run_parts
 from .run import Run
 from .stage import Stage, State, Status
@@ -278,9 +279,13 @@ class ProjectStage(TransformStage):
 
     def fitted(self, parent: KVStore) -> Projector:
         """The projector on disk if it was fitted for this very store, else one that is fitted now."""
-        run, settings = self.run, self.run.recipe.project
         if self.is_fitted():
-            return Projector.load(run.projector_path(self._teacher))
+            return Projector.load(self.run.projector_path(self._teacher))
+        return self.fit(parent)
+
+    def fit(self, parent: KVStore) -> Projector:
+        """Fit the projector, whatever is on disk."""
+        run, settings = self.run, self.run.recipe.project
         reference = KVStore.open(run.reference_path) if run.needs_reference else None
         ids = [record.sample_id for record in run.calibration.records]
         projector = fit_projector(
@@ -299,11 +304,20 @@ class ProjectStage(TransformStage):
         return projector
 
     def is_fitted(self) -> bool:
-        """Whether the projector on disk was fitted for this very store, on the calibration as it is now."""
-        card = _card(self.run.projector_path(self._teacher))
-        return card.get("made_for") == self.manifest().fingerprint and (
-            card.get("calibration_parts") == self.calibration()
-        )
+        """Whether the projector on disk was fitted for this very store, on the calibration as it is now.
+
+        Raises:
+            DamagedStoreError: if it, or its card, is not as it was written.
+        """
+        path = self.run.projector_path(self._teacher)
+        try:
+            card = read_card(path)
+        except FileNotFoundError:
+            return False
+        if card.get("made_for") != self.manifest().fingerprint or card.get("calibration_parts") != self.calibration():
+            return False
+        check_entry(path, card["file"])
+        return True
 
     def calibration(self) -> str:
         """A digest of the parts that the projector is fitted on; empty if it is fitted on nothing."""
@@ -316,6 +330,11 @@ class ProjectStage(TransformStage):
             reference = KVStore.open(self.run.reference_path)
             digests += [reference.part(number).content for number in reference.committed_parts()]
         return digest_json(digests)
+
+    @property
+    def projector_path(self) -> Path:
+        """Where the projector is saved."""
+        return self.run.projector_path(self._teacher)
 
     def keep(self, projector: Projector) -> bool:
         """Saves a projector unless there are targets that another one made; returns whether it did."""
@@ -381,14 +400,6 @@ def describe(stage: StoreStage, store: KVStore) -> str:
     if missing:
         note += f"; {len(missing)} parts are not there yet, which are not among {stage.share}"
     return f"{store.num_tokens} tokens of {store.geometry}, {size:.1f} MB at {store.path}{note}"
-
-
-def _card(projector: Path) -> dict[str, Any]:
-    try:
-        card = json.loads(projector.with_suffix(".json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return card if isinstance(card, dict) else {}
 
 
 def _short(value: Any) -> str:

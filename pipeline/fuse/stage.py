@@ -59,6 +59,11 @@ class FuseStage(StoreStage):
         """The fused store."""
         return self.run.target_path(_settings(self.run).name)
 
+    @property
+    def fusion_path(self) -> Path:
+        """The file that says how they are fused."""
+        return self.run.fusion_path(_settings(self.run).name)
+
     def manifest(self) -> Manifest:
         """From the recipe and the manifests of the targets."""
         return wanted_manifest(self.run)
@@ -84,8 +89,7 @@ class FuseStage(StoreStage):
         store = KVStore.create(self.output, manifest)
         self.drop_outdated(store)
         targets = tuple((name, str(store.path.resolve())) for name, store in stores.items())
-        path = self.run.fusion_path(_settings(self.run).name)
-        work = FusePart(str(path.resolve()), targets, str(self.output.resolve()))
+        work = FusePart(str(self.fusion_path.resolve()), targets, str(self.output.resolve()))
         missing = self.missing(store)
         with progress(self.label, len(missing), "parts") as advance:
             unclaimed = Unclaimed(work, work.out, manifest.fingerprint)
@@ -177,6 +181,7 @@ def measured(run: Run, stores: dict[str, KVStore], manifest: Manifest) -> Fusion
 
     Raises:
         StageError: if targets are missing or are not those of the recipe.
+        DamagedStoreError: if the fusion on disk is not as it was written.
     """
     settings = _settings(run)
     path = run.fusion_path(settings.name)
@@ -184,7 +189,7 @@ def measured(run: Run, stores: dict[str, KVStore], manifest: Manifest) -> Fusion
         raise StageError(f"{stores[found[0]].path} was made for another recipe than it says now; kava project")
     key = fusion_key(stores, manifest)
     with locked(path.with_name(f".{path.name}.lock")):
-        with suppress(StoreError):
+        with suppress(StoreNotFoundError):
             fusion = Fusion.load(path)
             if fusion.key == key:
                 return fusion

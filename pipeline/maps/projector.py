@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import AlignmentError, StageError
+from ...errors import AlignmentError, DamagedStoreError, StageError
 from ...store import KVGeometry
-from ...store.files import write_atomic
+from ...store.files import fsync, reading, write_atomic
+from ...store.hashing import hash_bytes
+from ...store.sealed import check_bytes, check_entry, read_sealed, sealed_text
 from .layers import LayerMap
 
 if TYPE_CHECKING:
@@ -56,7 +58,19 @@ class Projector:
         return out.view(-1, *self.target.shape)
 
     def save(self, path: Path) -> None:
-        """Writes `path` (safetensors) and beside it the card (`.json`)."""
+        """Write `path` (safetensors), and beside it the card (`.json`), which holds the size and hash of `path`."""
+        data = self.to_bytes()
+        card = path.with_suffix(".json")
+        if card.exists():  # A card beside another projector's weights would look like damage.
+            card.unlink()
+            fsync(card.parent)
+        write_atomic(path, data)
+        # In one order: the card of a projector that was read again comes sorted.
+        text = json.dumps({**self._header, **self.card, "file": [len(data), hash_bytes(data)]}, sort_keys=True)
+        write_atomic(card, sealed_text(json.loads(text)))
+
+    def to_bytes(self) -> bytes:
+        """Return the content of the safetensors file."""
         from safetensors.torch import save
 
         tensors = {}
@@ -64,29 +78,61 @@ class Projector:
             for index in range(self.target.num_layers):
                 tensors[f"{name}.{index}.weight"] = self.weights[name][index].contiguous()
                 tensors[f"{name}.{index}.bias"] = self.biases[name][index].contiguous()
-        header = {"source": self.source.model_dump(), "target": self.target.model_dump(), "layers": self.layers}
-        write_atomic(path, save(tensors, {"kava_projector": json.dumps({**header, "card": self.card}, sort_keys=True)}))
-        # In one order: the card of a projector that was read again comes sorted.
-        write_atomic(path.with_suffix(".json"), json.dumps({**header, **self.card}, indent=2, sort_keys=True).encode())
+        return save(tensors, {"kava_projector": json.dumps({**self._header, "card": self.card}, sort_keys=True)})
+
+    @property
+    def _header(self) -> dict[str, Any]:
+        return {"source": self.source.model_dump(), "target": self.target.model_dump(), "layers": self.layers}
 
     @classmethod
     def load(cls, path: Path) -> Projector:
-        """Reads a saved projector.
+        """Read a saved projector, after comparing it with its card.
 
         Raises:
-            StageError: if it is not there or not one.
+            StageError: if it is missing, or is no projector.
+            DamagedStoreError: if it or its card is not as it was written.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
+        from safetensors.torch import load
 
         try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {})["kava_projector"])
-                source, target = (KVGeometry(**header[side]) for side in ("source", "target"))
-                layers = range(target.num_layers)
-                parts = {
-                    kind: {n: [file.get_tensor(f"{n}.{i}.{kind}") for i in layers] for n in ("keys", "values")}
-                    for kind in ("weight", "bias")
-                }
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise StageError(f"projector {path} cannot be read: {error}; rerun with --force project") from None
+            with reading(path):
+                data = path.read_bytes()
+            check_bytes(path, data, read_card(path)["file"])
+        except FileNotFoundError as error:
+            raise StageError(f"projector {path} is missing: {error}. Fit it again with --force project") from None
+        try:
+            length = int.from_bytes(data[:8], "little")
+            header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["kava_projector"])
+            tensors = load(data)
+            source, target = (KVGeometry(**header[side]) for side in ("source", "target"))
+            parts = {
+                kind: {n: [tensors[f"{n}.{i}.{kind}"] for i in range(target.num_layers)] for n in ("keys", "values")}
+                for kind in ("weight", "bias")
+            }
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise StageError(f"{path} is not a projector: {error}. Fit it again with --force project") from None
         return cls(source, target, header["layers"], parts["weight"], parts["bias"], header["card"])
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """Read the card of the projector at `path`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        DamagedStoreError: if it is not as it was written.
+    """
+    card = path.with_suffix(".json")
+    found = read_sealed(card)
+    if "file" not in found:
+        raise DamagedStoreError(f"{card}: damaged: it does not say what the projector's file is. Run kava repair")
+    return found
+
+
+def seal_problem(path: Path, card: dict[str, Any]) -> str:
+    """What differs between a projector and its card; empty if nothing does."""
+    try:
+        check_entry(path, card["file"])
+    except DamagedStoreError as error:
+        return str(error)
+    return ""

@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from .errors import HubUnreachableError, ModelNotFoundError
+from .errors import DamagedStoreError, HubUnreachableError, ModelNotFoundError
 from .store import KVGeometry, ModelIdentity, cache_folder, digest_file, digest_json
+from .store.files import make_folder
 from .store.fingerprint import file_stamp
+from .store.sealed import RECORD, check_folder, check_record, read_sealed, write_record
 from .tap import attention_layout, probe_geometry
 
 _WEIGHTS: Final = ("*.safetensors", "*.gguf", "*.bin")
@@ -40,7 +42,7 @@ class ModelSource:
     revision: str | None = None
     trust_remote_code: bool = False
     stamp: tuple[int, ...] = ()
-    """Changes when a local folder or file is replaced, so that nothing remembered of the old one is used."""
+    """Changes when a local folder or a file in it is replaced, so that nothing remembered of the old one is used."""
 
     @property
     def is_local(self) -> bool:
@@ -82,7 +84,16 @@ def find_model(name: str, *, revision: str | None = None, trust_remote_code: boo
     else:
         return ModelSource(name, location, revision=revision, trust_remote_code=trust_remote_code)
     folder, gguf = (str(path.parent), path.name) if path.is_file() else (str(path), None)
-    return ModelSource(name, folder, gguf, revision, trust_remote_code, file_stamp(path))
+    return ModelSource(name, folder, gguf, revision, trust_remote_code, _stamp(path))
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file, or any file of a folder, is written again."""
+    stamps = list(file_stamp(path))
+    for file in sorted(path.iterdir()) if path.is_dir() else ():
+        with suppress(FileNotFoundError):  # A link that leads nowhere, or a file removed meanwhile.
+            stamps += file_stamp(file)
+    return tuple(stamps)
 
 
 @cache
@@ -113,9 +124,11 @@ def load_config(source: ModelSource) -> Any:
 
     Raises:
         ModelNotFoundError: if it cannot be loaded.
+        DamagedStoreError: if kava wrote the folder, and a file of it is not as it was written.
     """
     from transformers import AutoConfig
 
+    _check(source, quick=True)
     with _loading(source):
         if source.gguf_file:
             return AutoConfig.from_pretrained(_gguf_sidecar(source))
@@ -128,9 +141,11 @@ def load_tokenizer(source: ModelSource) -> Any:
 
     Raises:
         ModelNotFoundError: if it cannot be loaded, or has no fast form (byte spans need one).
+        DamagedStoreError: if kava wrote the folder, and a file of it is not as it was written.
     """
     from transformers import AutoTokenizer
 
+    _check(source, quick=True)
     with _loading(source):
         if source.gguf_file:
             tokenizer = AutoTokenizer.from_pretrained(_gguf_sidecar(source))
@@ -165,10 +180,12 @@ def load_model(source: ModelSource, *, dtype: str, device: str = "auto") -> Any:
     Raises:
         ModelNotFoundError: if it cannot be loaded.
         UnsupportedModelError: if its architecture is not known.
+        DamagedStoreError: if kava wrote the folder, and a file of it is not as it was written.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    _check(source)
     layout = attention_layout(load_config(source))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -190,7 +207,7 @@ def dense_source(source: ModelSource) -> ModelSource:
         return source
     sidecar = _gguf_sidecar(source)
     folder = sidecar.with_name(f"{sidecar.name}-dense")
-    if not folder.is_dir():
+    if not _is_sound(folder):
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
         load_model(source, dtype="float32", device="cpu").save_pretrained(temporary)
         _put_in_place(temporary, folder)
@@ -232,12 +249,17 @@ def count_parameters(config: Any) -> int:
     return sum(prod(p.shape) for p in meta_model(config).parameters())
 
 
-def model_identity(source: ModelSource, *, compute_dtype: str) -> ModelIdentity:
-    """What determines a model's numbers: the commit of a hub model, or the digest of local weights."""
-    config = load_config(source)
-    revision, digest = None, None
+def model_identity(source: ModelSource, *, compute_dtype: str, digest: str | None = None) -> ModelIdentity:
+    """What determines a model's numbers: the commit of a hub model, or the digest of local weights.
+
+    Args:
+        source: where it is.
+        compute_dtype: dtype of the forward pass.
+        digest: that of the weights where a record states it, of files that were compared with the record.
+    """
+    config, revision = load_config(source), None
     if source.is_local:
-        digest = weights_digest(Path(source.location), source.gguf_file)
+        digest = digest or weights_digest(Path(source.location), source.gguf_file)
     else:
         revision = _commit(source)
     return ModelIdentity(
@@ -280,9 +302,9 @@ def _gguf_sidecar(source: ModelSource) -> Path:
 
     assert source.gguf_file is not None
     folder = cache_folder() / "gguf" / digest_file(Path(source.location) / source.gguf_file)
-    if not folder.is_dir():
+    if not _is_sound(folder):
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-        temporary.mkdir(parents=True, exist_ok=True)
+        make_folder(temporary)
         config = _unquantized(AutoConfig.from_pretrained(source.location, **source.options))
         config.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(source.location, **source.options).save_pretrained(temporary)
@@ -290,11 +312,31 @@ def _gguf_sidecar(source: ModelSource) -> Path:
     return folder
 
 
+def _is_sound(folder: Path) -> bool:
+    """Whether a conversion in the cache is there and as it was written; any other is made again."""
+    if not folder.is_dir():
+        return False
+    try:
+        check_record(folder, read_sealed(folder / RECORD))
+    except (DamagedStoreError, FileNotFoundError):
+        return False
+    return True
+
+
 def _put_in_place(temporary: Path, folder: Path) -> None:
+    write_record(temporary, {})
+    if folder.is_dir() and not _is_sound(folder):
+        shutil.rmtree(folder, ignore_errors=True)
     try:
         temporary.rename(folder)
     except OSError:  # Another process was first.
         shutil.rmtree(temporary)
+
+
+def _check(source: ModelSource, *, quick: bool = False) -> None:
+    """Compares a folder that kava wrote, such as a student, with its record before it is loaded."""
+    if source.is_local:
+        check_folder(Path(source.location), quick=quick)
 
 
 def _densified(model: Any) -> Any:
