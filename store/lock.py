@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from ..errors import KavaError
-from .files import disk_errors
+from .files import disk_errors, make_folder
 
 T = TypeVar("T")
 PATIENCE: Final = 600.0
@@ -112,7 +112,7 @@ class _HeldError(KavaError):
 
 
 def _try(path: Path) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
