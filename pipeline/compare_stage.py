@@ -68,9 +68,17 @@ class ArmStage(TrainStage):
         from ..train.compare import HELDOUT
 
         status = super().inspect()
-        if status.state == "complete" and HELDOUT not in read_record(self.output)["files"]:
+        if status.state == "complete" and HELDOUT not in self.must_exist(read_record(self.output))["files"]:
             return Status("partial", "trained, not measured yet")
         return status
+
+    def must_exist(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record without the measurement of the held-out samples, if that is missing."""
+        from ..train.compare import HELDOUT
+
+        if (self.output / HELDOUT).exists():
+            return record
+        return record | {"files": {name: entry for name, entry in record["files"].items() if name != HELDOUT}}
 
     def make(self, scheduler: str | None) -> str:
         """Trains, or goes on, and measures."""

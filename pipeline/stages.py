@@ -123,7 +123,7 @@ class TrainStage(Stage):
             return Status("stale", "train settings, the student or its targets changed")
         if "metrics" not in record:
             return Status("partial", "interrupted; goes on at its last checkpoint")
-        check_record(self.output, record, quick=self.run.quick)
+        check_record(self.output, self.must_exist(record), quick=self.run.quick)
         if (self.output / CHECKPOINTS).exists():
             return Status("partial", f"{result_line(record)}; its checkpoints are not removed yet")
         return Status("complete", result_line(record))
@@ -160,6 +160,10 @@ class TrainStage(Stage):
                 ranks=self.ranks,
             )
         return result_line({"steps": result.steps, "metrics": result.metrics})
+
+    def must_exist(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record without files that may be removed, because they are made again without training."""
+        return record
 
     def _finish(self) -> str:
         """Removes the checkpoints of a training that ended before it could; empty if it has not ended yet."""

@@ -140,8 +140,8 @@ def damaged_files(folder: Path, record: Mapping[str, Any], *, quick: bool = Fals
         if problem := _problem(folder, name, entry, quick):
             lines.append(f"{folder / name}: damaged: {problem}")
     for path in sorted(folder.iterdir()):
-        listed = path.name in table or path.name in (RECORD, *_LATER) or path.name.startswith(".")
-        if not listed and path.suffix in _LOADED and path.is_file():
+        listed = path.name in table or path.name == RECORD or path.name.startswith(".")
+        if not listed and _is_loaded(path.name) and path.is_file():
             lines.append(f"{path}: damaged: this file was added after {RECORD} was written")
     return lines
 
@@ -158,13 +158,20 @@ def check_record(folder: Path, record: Mapping[str, Any], *, quick: bool = False
 
 
 def check_folder(folder: Path, *, quick: bool = False) -> None:
-    """Compare a folder with its record if it has one: a folder that kava did not write has none.
+    """Compare what is loaded of a folder of weights with its record; a folder that kava did not write has none.
+
+    A copy may lack files that loading does not look for, such as the recipe and the log.
 
     Raises:
         DamagedStoreError: if the record or a file is not as it was written, naming it.
     """
-    with suppress(FileNotFoundError):
-        check_record(folder, read_sealed(folder / RECORD), quick=quick)
+    try:
+        record = read_sealed(folder / RECORD)
+    except FileNotFoundError:
+        return
+    if isinstance(table := record.get("files"), dict):
+        record["files"] = {name: entry for name, entry in table.items() if _is_loaded(name)}
+    check_record(folder, record, quick=quick)
 
 
 def check_entry(path: Path, entry: Any, *, quick: bool = False) -> None:
@@ -210,6 +217,12 @@ def _problem(folder: Path, name: str, entry: Any, quick: bool) -> str:
     except OSError as error:
         return f"it cannot be read: {os.strerror(error.errno or 0).lower()}"
     return ""
+
+
+def _is_loaded(name: str) -> bool:
+    """Whether `from_pretrained` looks for a file of this relative name."""
+    path = PurePosixPath(name)
+    return path.suffix in _LOADED and len(path.parts) == 1 and name not in _LATER
 
 
 def _umask() -> int:

@@ -145,7 +145,7 @@ def test_what_can_be_made_again_is_repaired_to_the_same_bits(done: Path, recipe:
     assert {name: file_stamp(run / name) for name in before} == before
 
 
-@pytest.mark.parametrize("kind", ["projector", "projector card"])
+@pytest.mark.parametrize("kind", [pytest.param("projector", marks=pytest.mark.slow), "projector card"])
 def test_a_damaged_projector_makes_no_target(done: Path, recipe: Path, kind: str) -> None:
     run = recipe.parent / "run"
     path = run / SEALED[kind]
@@ -282,7 +282,8 @@ def test_a_record_is_written_after_all_it_stands_for(tmp_path: Path) -> None:
     assert record["files"] == written["files"]
     assert sorted(record["files"]) == ["inner/adapter.bin", "weights.bin"]
     check_record(tmp_path, record)
-    for entry in (None, [], [3], ["3", 4], {}, [3, None]):
+    entries: list[Any] = [None, [], [3], ["3", 4], {}, [3, None]]
+    for entry in entries:
         with pytest.raises(DamagedStoreError):
             check_record(tmp_path, {"files": {"weights.bin": entry}})
     hostile: list[Any] = [{}, {"files": []}, {"files": {"../x": [1, "a"]}}, {"files": {"/etc/passwd": [1, "a"]}}]
