@@ -27,7 +27,9 @@ def seal_checkpoint(folder: Path, state: Mapping[str, Any], ranks: Ranks) -> Non
     settle(folder)
     ranks.wait()
     if ranks.is_first:
-        write_record(folder, state)
+        # Hidden ones too: of shards torch writes `.metadata`, which says where each number belongs.
+        files = [path for path in folder.rglob("*") if path.is_file() and path != folder / RECORD]
+        write_record(folder, state, files)
 
 
 def remove_older(folder: Path, limit: int | None) -> None:
