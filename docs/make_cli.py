@@ -74,7 +74,10 @@ EXAMPLES = {
         "kava inspect runs/demo/teachers/smollm2.zarr --sample 3",
         "kava inspect runs/demo/targets/smollm2.zarr --align 3",
     ],
-    "verify": ["kava verify runs/demo/teachers/smollm2.zarr runs/demo/targets/smollm2.zarr"],
+    "verify": [
+        "kava verify workflows/demo.yaml",
+        "kava verify runs/demo/teachers/smollm2.zarr runs/demo/targets/smollm2.zarr",
+    ],
     "repair": [
         "kava repair workflows/demo.yaml",
         "kava repair workflows/demo.yaml --store extract --failed",
@@ -122,13 +125,23 @@ NOTES = {
     "no network; it can be sent, printed, and read on a phone. What is not there yet is left out, with the command\n"
     "that makes it.",
     "inspect": "Finds the run's recipe beside the store to show tokens and text.",
-    "verify": "Names part, array, chunk and sample. Exit code 1 if anything is damaged.",
-    "repair": "Verifies every store of the recipe that is there. Damaged parts are set aside and made again:\n"
-    "captures by the teacher, derived parts from their parents; a derived part whose parent has other bits now\n"
-    "follows. A store that is as it was written is left alone, and so are parts that were never written.\n"
-    "Cut off, the same command goes on. Afterwards it removes what killed processes left beside the outputs, once\n"
-    "nobody holds its lock: also what a host with another name left, such as a container. On read-only media it only\n"
-    "checks.",
+    "verify": "Of a store it names part, array, chunk and sample. Of a recipe it checks all of the run: its stores,\n"
+    "and the generated corpus, the student, projectors, the fusion, trained students, their checkpoints\n"
+    "and trainings of a comparison, each file against the size and hash in its record. It reads every\n"
+    "byte, and needs neither the teachers nor the corpus. `evaluate.json`, `answers.jsonl`,\n"
+    "`compare.json`, reports and what trackers write decide nothing and are not sealed. `kava status`\n"
+    "compares sizes alone of files above 64 MiB. Exit code 1 if anything is damaged.",
+    "repair": "Verifies every output of the recipe that exists. Damaged parts are set aside and made again:\n"
+    "captures by the teacher, derived parts from their parents; a derived part whose parent has other\n"
+    "bits now follows. A store that is as it was written is left alone, and so are parts that were never\n"
+    "written. An interrupted repair resumes with the same command.\n\n"
+    "The student, a projector and a generated corpus are made again too; the student and a projector are\n"
+    "put in place only if they have the recorded bits, as other ones would make everything derived from\n"
+    "them stale. A fusion is measured again. A trained student is only named: training alone makes it\n"
+    "again (`kava train --force`). A damaged checkpoint is not used, training resumes from the one\n"
+    "before. Afterwards it removes what killed processes left beside the outputs, once nobody holds its\n"
+    "lock: also what a host with another name left, such as a container. On read-only media it only\n"
+    "checks. Exit code 1 if something remains damaged.",
     "transcode": "From one lossless codec to the other the content is the same, and `OUT` can take the place of "
     "`STORE`: what was made from it stays up to date, if the recipe's `codec` says the new one. A lossy codec or "
     "another dtype makes other content. Checksums are checked as chunks are read. [The format](../store-format.md) has "

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..errors import EXIT_FAULT
 from .cluster.options import Parts, Rank, WorldSize, share_of
+from .cluster.share import Share
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -53,36 +54,71 @@ def print_table(table: Table) -> None:
 
 
 def verify(
-    stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Stores to check.", show_default=False)],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="RECIPE|STORE...", help="Recipes, for all of a run, or stores.", show_default=False),
+    ],
+    overrides: Overrides = None,
     rank: Rank = None,
     world_size: WorldSize = None,
     parts: Parts = None,
 ) -> None:
-    """Check every byte of every part against its checksums."""
+    """Check every byte of stores, or of all outputs of a run, against their checksums and records."""
+    damaged, share = False, share_of(rank, world_size, parts)
+    for path in paths:
+        if path.is_file() or path.suffix in (".yaml", ".yml"):
+            damaged |= _verify_run(load(path, overrides), share)
+        else:
+            damaged |= _verify_store(path, share)
+    if damaged:
+        raise typer.Exit(EXIT_FAULT)
+
+
+def _verify_run(run: Any, share: Share) -> bool:
+    """Checks every output of a run; returns whether one is damaged."""
+    from ..errors import StoreError
+    from .sealed_outputs import check_outputs
+    from .stages import stages_of
+    from .store_stages import StoreStage
+
+    damaged = False
+    for stage in stages_of(run):
+        if isinstance(stage, StoreStage) and stage.output.exists():
+            try:
+                damaged |= _verify_store(stage.output, share)
+            except StoreError as error:
+                err.print(f"{stage.output}: {error}", style="red", markup=False)
+                damaged = True
+    if share.parts is None and share.rank == 0:
+        for checked in check_outputs(run):
+            for damage in checked.damages:
+                err.print(damage, style="red", markup=False)
+            damaged |= bool(checked.damages)
+            if not checked.damages:
+                out.print(f"{checked.path}: {checked.label} is as it was written", markup=False)
+    return damaged
+
+
+def _verify_store(path: Path, share: Share) -> bool:
+    """Checks this process's parts of a store; returns whether one is damaged."""
     from ..progress import progress
     from ..store import KVStore, verify_store
 
-    damaged, share = False, share_of(rank, world_size, parts)
-    for path in stores:
-        store = KVStore.open(path)
-        share.check(store.manifest.num_parts, str(path))
-        chosen = set(share.of(range(store.manifest.num_parts))) & set(store.committed_parts())
-        with progress("verify", len(chosen), "parts") as advance:
-            found = verify_store(store, on_part=lambda part, advance=advance: advance(1), parts=chosen)  # type: ignore[misc]
-        for damage in found:
-            err.print(f"{path}: {damage}", style="red", markup=False)
-        missing = len(store.missing_parts())
-        note = f", {missing} not written yet" if missing else ""
-        if found:
-            damaged = True
-            err.print(
-                f"{path}: {len(found)} damages in {len({d.part for d in found} - {None})} of {len(chosen)} parts{note}",
-                markup=False,
-            )
-        else:
-            out.print(f"{path}: {len(chosen)} parts are as they were written{note}", markup=False)
-    if damaged:
-        raise typer.Exit(EXIT_FAULT)
+    store = KVStore.open(path)
+    share.check(store.manifest.num_parts, str(path))
+    chosen = set(share.of(range(store.manifest.num_parts))) & set(store.committed_parts())
+    with progress("verify", len(chosen), "parts") as advance:
+        found = verify_store(store, on_part=lambda part: advance(1), parts=chosen)
+    for damage in found:
+        err.print(f"{path}: {damage}", style="red", markup=False)
+    missing = len(store.missing_parts())
+    note = f", {missing} not written yet" if missing else ""
+    if not found:
+        out.print(f"{path}: {len(chosen)} parts are as they were written{note}", markup=False)
+        return False
+    damaged = len({d.part for d in found} - {None})
+    err.print(f"{path}: {len(found)} damages in {damaged} of {len(chosen)} parts{note}", markup=False)
+    return True
 
 
 def repair(
@@ -101,7 +137,7 @@ def repair(
     world_size: WorldSize = None,
     parts: Parts = None,
 ) -> None:
-    """Check the recipe's stores, and make damaged parts again, those alone."""
+    """Check all outputs of a recipe, and make again what is damaged, that alone."""
     from .repair import repair as repair_stores
 
     repair_stores(

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Final
 from ..errors import KavaError, RecipeError, StageError
 from ..store import Split, digest_json
 from ..store.files import write_atomic
+from ..store.sealed import write_record
 from ..train.arms import Arm, CompareSettings, NeedsError, run_name
 from ..train.settings import TrainSettings
-from .places import RECORD, read_record
+from .places import read_record
 from .run import Run
 from .stage import Status
-from .stages import TrainStage
+from .stages import TrainStage, sealed_of
 
 if TYPE_CHECKING:
     from ..train.data import Targets
@@ -67,9 +68,17 @@ class ArmStage(TrainStage):
         from ..train.compare import HELDOUT
 
         status = super().inspect()
-        if status.state == "complete" and not (self.building / HELDOUT).is_file():
+        if status.state == "complete" and HELDOUT not in self.must_exist(read_record(self.building))["files"]:
             return Status("partial", "trained, not measured yet")
         return status
+
+    def must_exist(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record without the measurement of the held-out samples, if that is missing."""
+        from ..train.compare import HELDOUT
+
+        if (self.building / HELDOUT).exists():
+            return record
+        return record | {"files": {name: entry for name, entry in record["files"].items() if name != HELDOUT}}
 
     def make(self, scheduler: str | None) -> str:
         """Trains, or goes on, and measures."""
@@ -79,8 +88,8 @@ class ArmStage(TrainStage):
         store = super().targets()
         record = read_record(self.building) | {"arm": self._arm.name, "seed": self.seed}
         record["train_samples"] = digest_json(store.indices(Split.TRAIN))
-        write_atomic(self.building / RECORD, json.dumps(record, indent=1).encode())
         _measure(self.building, store, self.settings).save(self.building / HELDOUT)
+        write_record(self.building, record, sealed_of(self.building))
         return line
 
     @property

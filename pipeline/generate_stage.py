@@ -1,22 +1,31 @@
-"""The stage in which a teacher writes the corpus: prompts of the recipe's corpus in, a JSON-lines corpus out."""
+"""The stage in which a teacher writes the corpus: prompts of the recipe's corpus in, a JSON-lines corpus out.
+
+Answers are written as they come, by any number of processes, each file under a name that holds the hash of its bytes;
+when all are there, the corpus and the record that seals both are written.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from ..errors import CorpusError, StoreNotFoundError
+from ..errors import CorpusError, DamagedStoreError, StoreNotFoundError
 from ..extract.generate import GenerateSettings, Question, prompt_ids, question_of, row_of
 from ..hub import load_tokenizer
 from ..progress import progress
 from ..store import Lock, claimed
-from ..store.files import disk_errors, write_atomic
-from ..store.safe_json import LOG_BYTES, read_json_lines
+from ..store.files import disk_errors, make_folder, read_small, write_atomic
+from ..store.hashing import hash_bytes
+from ..store.safe_json import LOG_BYTES, parse_json
+from ..store.sealed import check_record, sealed_text, write_record
 from .places import RECORD, read_record
 from .stage import Stage, Status
 from .teachers import open_writer
 from .tokenizer_checks import check_teacher_tokenizer
+
+ANSWERS: Final = "answers"
+"""Folder of all that was written, below the generated corpus."""
 
 
 class GenerateStage(Stage):
@@ -45,6 +54,7 @@ class GenerateStage(Stage):
             return Status("stale", "the prompts, the teacher or extract.generate changed")
         if "kept" not in record:
             return Status("partial", f"{len(self._written())} of {len(self.run.prompts)} prompts answered")
+        check_record(self.building, record, quick=self.run.quick)
         return Status("complete", _summary(record))
 
     @property
@@ -85,13 +95,13 @@ class GenerateStage(Stage):
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
         write_atomic(self.building / "corpus.jsonl", lines.encode())
         record |= {"kept": len(kept), "asked": len(rows), "matching": sum(row["matches"] for row in rows.values())}
-        write_atomic(self.building / RECORD, json.dumps(record, indent=1).encode())
+        write_record(self.building, record)
         return _summary(record)
 
     def begin(self) -> None:
         """Create the folder of the answers, so that another process that joins does not take it for complete."""
         with disk_errors(self.building):
-            self._answers.mkdir(parents=True, exist_ok=True)
+            make_folder(self._answers)
 
     def is_begun(self) -> bool:
         """Whether there are answers, or another process is writing some."""
@@ -124,14 +134,16 @@ class GenerateStage(Stage):
                             )
                     if asked:
                         if read_record(self.building).get("key") != run.generate_key:
-                            write_atomic(self.building / RECORD, json.dumps(record, indent=1).encode())
+                            write_atomic(self.building / RECORD, sealed_text({**record, "files": {}}))
                         written = writer.generate(prompts, settings, stop_ids=stop_ids, numbers=asked)
                         lines = ""
                         for number, ids in zip(asked, written, strict=True):
                             text = tokenizer.decode(ids, skip_special_tokens=True)
                             row = {**row_of(questions[number], text), "written_by": writer.backend}
                             lines += json.dumps(row, ensure_ascii=False) + "\n"
-                        write_atomic(self._answers / f"{asked[0]:08d}-{asked[-1]:08d}.jsonl", lines.encode())
+                        data = lines.encode()
+                        file_name = f"{asked[0]:08d}-{asked[-1]:08d}.{hash_bytes(data)}.jsonl"
+                        write_atomic(self._answers / file_name, data)
                     advance(len(chunk))
                 finally:
                     lock.release()
@@ -141,13 +153,48 @@ class GenerateStage(Stage):
 
     @property
     def _answers(self) -> Path:
-        return self.building / "answers"
+        return self.building / ANSWERS
 
     def _written(self) -> dict[str, dict[str, Any]]:
-        """Every answer so far by sample id, in the order of the prompts."""
-        files = sorted(self._answers.glob("[0-9]*.jsonl"))
-        rows = [row for path in files for row in read_json_lines(path, LOG_BYTES)]
+        """Every answer so far by sample id, in the order of the prompts.
+
+        Raises:
+            DamagedStoreError: if a file of answers is not as it was written.
+        """
+        files = _answer_files(self.building)
+        rows = [parse_json(line, path) for path in files for line in read_answers(path).splitlines()]
         return {row["id"]: row for row in rows}
+
+
+def damaged_answers(folder: Path) -> dict[str, Path]:
+    """Return the files of answers in a folder that are not as they were written, by what is wrong with each."""
+    found = {}
+    for path in _answer_files(folder):
+        try:
+            read_answers(path)
+        except DamagedStoreError as error:
+            found[str(error)] = path
+    return found
+
+
+def read_answers(path: Path) -> bytes:
+    """Return the bytes of a file of answers, after comparing them with the hash in its name.
+
+    Raises:
+        DamagedStoreError: if they are not what was written.
+    """
+    data = read_small(path, LOG_BYTES)
+    if path.name.split(".")[1:-1] != [hash_bytes(data)]:
+        raise DamagedStoreError(
+            f"{path}: damaged: its bytes do not have the hash in its name. Restore it, or run kava repair, which asks "
+            "the teacher again"
+        )
+    return data
+
+
+def _answer_files(folder: Path) -> list[Path]:
+    """The files of answers so far, in the order of the prompts."""
+    return sorted((folder / ANSWERS).glob("[0-9]*.jsonl"))
 
 
 def _summary(record: dict[str, Any]) -> str:

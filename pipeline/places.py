@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from ..errors import DamagedStoreError
-from ..store.files import read_small
-from ..store.safe_json import JSON_BYTES, parse_json
-
-RECORD: Final = "kava.json"
-"""What a folder of weights says of itself."""
+from ..store.sealed import RECORD as RECORD
+from ..store.sealed import read_sealed
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return the record in a folder of weights; empty if there is none or it is not JSON.
+    """Return the record in a folder of weights; empty if there is none.
 
     Raises:
-        DamagedStoreError: if a special file or a link is in its place.
-        StoreError: if it must not be read: then nothing is known of the folder, least of all that it is stale.
+        DamagedStoreError: if it is not as it was written.
     """
-    path = folder / RECORD
     try:
-        data = read_small(path, JSON_BYTES)
+        return read_sealed(folder / RECORD)
     except FileNotFoundError:
         return {}
-    except DamagedStoreError as error:
-        if isinstance(error.__cause__, NotADirectoryError):
-            return {}
-        raise
-    try:
-        record = parse_json(data, path)
-    except DamagedStoreError:
-        return {}
-    return record if isinstance(record, dict) else {}
 
 
 class Places:

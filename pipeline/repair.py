@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import RecipeError, StageError, StoreError, StoreNotFoundError
+from ..errors import DamagedStoreError, KavaError, RecipeError, StageError, StoreError, StoreNotFoundError
 from ..progress import progress
 from ..store import KVStore, verify_store
 from ..store.files import is_writable, write_atomic
@@ -20,9 +20,12 @@ from ..store.table import header_bytes
 from .capture_stages import ExtractStage
 from .cluster import ALL, Share
 from .cluster.share import format_parts
+from .compare_stage import arm_stages
 from .leftovers import remove_all
 from .make import stage_lock
+from .repair_outputs import repair_output
 from .run import Run
+from .stage import Stage
 from .stages import stages_of
 from .store_stages import ProjectStage, StoreStage
 
@@ -53,7 +56,10 @@ def repair(
     scheduler: str | None = None,
     say: Say = lambda label, line: None,
 ) -> list[Repaired]:
-    """Checks every store of a run that is there, and makes damaged parts again from the teacher or their parents.
+    """Check every output of a run that exists, and make again what is damaged.
+
+    Parts come from the teacher or their parents; the student, a projector, a fusion and a generated corpus are put in
+    place if they have the recorded bits.
 
     What killed processes left beside the outputs is removed, once nobody holds its lock.
 
@@ -72,20 +78,38 @@ def repair(
     Raises:
         RecipeError: if `only` names no store of the recipe.
         StageError: if a damaged store is not what the recipe describes, or what it is made from is not there.
+        DamagedStoreError: if something cannot be made again as it was, after all that can be was.
     """
-    stages = [stage for stage in stages_of(run) if isinstance(stage, StoreStage)]
+    outputs: list[Stage] = [*stages_of(run), *(arm_stages(run) if run.recipe.compare is not None else [])]
+    if only is not None or teacher is not None:
+        outputs = [stage for stage in outputs if isinstance(stage, StoreStage)]
+    stages = [stage for stage in outputs if isinstance(stage, StoreStage)]
     if only is not None:
         named = {s.label: s for s in stages if only in (s.name, s.label) or Path(only).resolve() == s.output.resolve()}
         if not named:
             known = ", ".join(f"{stage.label!r} ({stage.output})" for stage in stages)
             raise RecipeError(f"--store {only}: this recipe has no such store, only {known}")
-        stages = list(named.values())
+        outputs = list(named.values())
     if teacher is not None:
         run.teacher(teacher)
-        stages = [stage for stage in stages if stage.teacher == teacher]
-    found = [repair_stage(stage, failed=failed, share=share, scheduler=scheduler, say=say) for stage in stages]
-    everything = only is None and teacher is None
-    remove_all(stages_of(run) if everything else stages, say)
+        outputs = [stage for stage in outputs if stage.teacher == teacher]
+    found, lost = [], []
+    for stage in outputs:
+        try:
+            if share.rank == 0 and share.parts is None:
+                repair_output(stage, say)
+            if isinstance(stage, StoreStage):
+                found.append(repair_stage(stage, failed=failed, share=share, scheduler=scheduler, say=say))
+        except DamagedStoreError as error:
+            say(stage.label, str(error))
+            lost.append(stage.label)
+        except KavaError as error:
+            if not lost:
+                raise
+            say(stage.label, f"cannot be checked before the damage above is repaired: {error}")
+    remove_all(stages_of(run) if only is None and teacher is None else outputs, say)
+    if lost:
+        raise DamagedStoreError(f"{', '.join(lost)}: damaged, and not repaired; the lines above say why and what to do")
     return [repaired for repaired in found if repaired is not None]
 
 

@@ -19,35 +19,33 @@ from ..extract.generate import GenerateSettings
 from ..extract.signals import signal_arrays
 from ..hub import (
     ModelSource,
-    config_geometry,
     find_model,
     load_tokenizer,
     model_geometry,
     model_identity,
     stop_token_ids,
     token_digests,
-    weights_digest,
 )
 from ..store import KVGeometry, KVStore, Manifest, ModelIdentity, Split, digest_json
 from ..store.dtypes import dtype_of
-from ..store.files import check_regular
 from ..store.manifest import default_page_tokens
+from ..store.sealed import check_entry
 from ..train.settings import TrainSettings
 from .fuse.view import FusedTargets
 from .maps.heads import HEAD_MAPS
 from .maps.layers import FITTED, LayerMap, layer_map
 from .parts import BYTES_PER_TOKEN, draw_calibration, samples_per_part
-from .places import Places, read_record
+from .places import read_record
 from .recipe import Recipe, TeacherSettings
+from .student_of_run import StudentOfRun
 from .transform import inherited_extras
 
 
-class Run(Places):
+class Run(StudentOfRun):
     """A recipe, resolved."""
 
     def __init__(self, recipe: Recipe) -> None:
-        super().__init__(Path(recipe.run_dir).expanduser(), recipe.train.name)
-        self.recipe = recipe
+        super().__init__(recipe)
         self.corpus_was_described = False
         """Whether people were told how the corpus is read."""
 
@@ -70,7 +68,8 @@ class Run(Places):
         record = read_record(self.generated_dir)
         if record.get("key") != self.generate_key or "kept" not in record:
             raise StageError(f"{self.generated_dir} is not written yet, or is stale; kava run --only generate")
-        check_regular(self.generated_dir / "corpus.jsonl")
+        name = "corpus.jsonl"
+        check_entry(self.generated_dir / name, record.get("files", {}).get(name), quick=self.quick)
         return load_corpus(self.corpus_settings)
 
     @property
@@ -206,48 +205,6 @@ class Run(Places):
             raise AlignmentError(f"teachers.{name}.geometry: the recipe states {stated}, the model has {counted}")
         return counted
 
-    @property
-    def has_student(self) -> bool:
-        """Whether the untrained student is made, with the settings that the recipe has now."""
-        return bool(read_record(self.student_dir).get("key") == self.student_key)
-
-    @property
-    def student_source(self) -> ModelSource:
-        """The student's folder.
-
-        Raises:
-            StageError: if it is not made yet, or for other settings.
-        """
-        if not self.student_dir.is_dir():
-            raise StageError(f"{self.student_dir} is not made yet; kava run --only student")
-        if not self.has_student:
-            raise StageError(
-                f"{self.student_dir} is stale: student settings or corpus changed; kava run --only student"
-            )
-        return find_model(str(self.student_dir.resolve()))
-
-    @cached_property
-    def student_geometry(self) -> KVGeometry:
-        """The student's KV geometry."""
-        return model_geometry(self.student_source)
-
-    def planned_student_geometry(self) -> KVGeometry:
-        """The student's KV geometry, also before it is made.
-
-        Raises:
-            ModelNotFoundError: if it is a model that cannot be reached.
-        """
-        settings = self.recipe.student
-        if self.has_student:
-            return self.student_geometry
-        if settings.model is not None:
-            from ..train.student import model_source
-
-            return model_geometry(model_source(settings))
-        from ..train.student import student_config
-
-        return config_geometry(student_config(settings, None))
-
     @cached_property
     def samples_per_part(self) -> int:
         """Samples in a part of every store of this run: the recipe's number, or at most about 1 GiB of any teacher."""
@@ -262,13 +219,6 @@ class Run(Places):
         return samples_per_part(array("d", (size / BYTES_PER_TOKEN * row for size in corpus.text_bytes)))
 
     # What the stores must say of themselves.
-
-    @cached_property
-    def student_key(self) -> str:
-        """What determines the untrained student: its settings, and the texts of a tokenizer trained here."""
-        settings = self.recipe.student.determining()
-        trained = isinstance(settings["tokenizer"], dict)
-        return digest_json({"settings": settings, "corpus": self.corpus.digest if trained else None})
 
     def teacher_manifest(self, name: str) -> Manifest:
         """The manifest of a teacher's capture."""
@@ -315,7 +265,7 @@ class Run(Places):
             geometry=self.student_geometry,
             dtype="float32",
             codec="blosc-zstd",  # It is small, and what maps are fitted to: a lossy one is for targets.
-            model=model_identity(self.student_source, compute_dtype="float32"),
+            model=model_identity(self.student_source, compute_dtype="float32", digest=self.student_weights),
             num_samples=len(self.calibration),
             samples_per_part=self.recipe.samples_per_part or self._parts_of(self.calibration, self.student_geometry, 4),
             corpus_digest=self.calibration.digest,
@@ -390,14 +340,10 @@ class Run(Places):
         Raises:
             StoreNotFoundError: if the targets are not made yet.
         """
-        student = self._student_weights  # First: where nothing is made yet, it is what is to be made first.
+        student = self.student_weights  # First: where nothing is made yet, it is what is to be made first.
         targets = self.open_target(self.teacher_of(settings))
         content = [targets.manifest.fingerprint, targets.content]
         return digest_json({"settings": settings.determining(), "student": student, "targets": content})
-
-    @cached_property
-    def _student_weights(self) -> str:
-        return weights_digest(Path(self.student_source.location))
 
     def open_target(self, name: str) -> KVStore | FusedTargets:
         """The targets made from a teacher, or the fused ones.

@@ -7,19 +7,18 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from ..errors import KavaError, StageError, StoreError, StoreNotFoundError
+from ..errors import DamagedStoreError, KavaError, StageError, StoreError, StoreNotFoundError
 from ..progress import progress
 from ..store import KVStore, Manifest, digest_json, locked
 from ..store.files import remove
 from ..store.part_exchange import has_parts, manifest_at, replacing_outdated, scratch_store
-from ..store.safe_json import read_json_object
+from ..store.sealed import check_entry
 from .capturing import capture
 from .cluster.share import Share, format_parts
 from .describe import describe, short
 from .maps.project import fit_projector
-from .maps.projector import Projector, move_projector, remove_projector
+from .maps.projector import Projector, move_projector, read_card, remove_projector
 from .parallel import run_parts
 from .run import Run
 from .stage import Stage, State, Status
@@ -332,8 +331,11 @@ class ProjectStage(TransformStage):
         Where the targets are rebuilt beside others, so is it: until the exchange, each store has its own.
         """
         path = self.run.projector_path(self._teacher)
-        if self.beside != self.next_place() or self._fits(path):
+        if self.beside != self.next_place():
             return path
+        with suppress(DamagedStoreError):  # The one of the targets that are being replaced.
+            if self._fits(path):
+                return path
         return _next_projector(path)
 
     def exchange(self) -> None:
@@ -356,9 +358,13 @@ class ProjectStage(TransformStage):
 
     def fitted(self, parent: KVStore) -> Projector:
         """The projector on disk if it was fitted for this very store, else one that is fitted now."""
-        run, settings = self.run, self.run.recipe.project
         if self.is_fitted():
             return Projector.load(self.projector_path)
+        return self.fit(parent)
+
+    def fit(self, parent: KVStore) -> Projector:
+        """Fit the projector, whatever is on disk."""
+        run, settings = self.run, self.run.recipe.project
         reference = KVStore.open(run.reference_path) if run.needs_reference else None
         ids = [record.sample_id for record in run.calibration.records]
         projector = fit_projector(
@@ -377,14 +383,24 @@ class ProjectStage(TransformStage):
         return projector
 
     def is_fitted(self) -> bool:
-        """Whether the projector on disk was fitted for this very store, on the calibration as it is now."""
+        """Whether the projector on disk was fitted for this very store, on the calibration as it is now.
+
+        Raises:
+            DamagedStoreError: if it, or its card, is not as it was written.
+        """
         return self._fits(self.projector_path)
 
     def _fits(self, projector: Path) -> bool:
-        card = _card(projector)
-        return card.get("made_for") == self.manifest().fingerprint and (
-            card.get("calibration_parts") == self.calibration()
-        )
+        try:
+            card = read_card(projector)
+        except FileNotFoundError:
+            return False
+        if card.get("made_for") != self.manifest().fingerprint or card.get("calibration_parts") != self.calibration():
+            return False
+        if projector != self.run.projector_path(self._teacher) and not projector.exists():
+            return False  # A kill came between the moves of a rebuilt projector and of its card.
+        check_entry(projector, card["file"])
+        return True
 
     def calibration(self) -> str:
         """A digest of the parts that the projector is fitted on; empty if it is fitted on nothing."""
@@ -427,10 +443,3 @@ def _transform(run: Run, parent: KVStore, out: Path, fingerprint: str, resampler
 
 def _next_projector(path: Path) -> Path:
     return path.with_name(f".next-{path.name}")
-
-
-def _card(projector: Path) -> dict[str, Any]:
-    try:
-        return read_json_object(projector.with_suffix(".json"))
-    except (OSError, ValueError):
-        return {}

@@ -173,10 +173,21 @@ def fsync_tree(root: Path) -> None:
             pass
 
 
+def make_folder(path: Path) -> None:
+    """Create a folder with its missing parents, and flush the entry of each."""
+    missing, place = [], path
+    while not place.exists():
+        missing.append(place)
+        place = place.parent
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        fsync(folder.parent)
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes a file so that a reader sees the old bytes or the new ones, never a part of them."""
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         # Not the process id alone: another host may have the same.
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
         try:
@@ -202,10 +213,11 @@ def size_of(root: Path) -> int:
 def link(path: Path, target: Path) -> None:
     """Makes `path` a symbolic link to `target`, in the place of another link."""
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
         temporary.symlink_to(target)
         temporary.replace(path)
+        fsync(path.parent)
 
 
 def file_table(folder: Path, known: Mapping[Path, tuple[int, str]]) -> dict[str, tuple[int, str]]:

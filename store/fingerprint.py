@@ -28,17 +28,23 @@ def digest_file(path: Path) -> str:
     key = digest_json([str(path.resolve()), *file_stamp(path)])
     note = cache_folder() / "digests" / key
     with suppress(OSError):  # A cache that is not there, or another user's, only costs time.
-        if len(known := note.read_text()) == 32:
+        if known := _sealed_note(note, key):
             return known
     found = _sha256(path)
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         temporary = note.with_name(f".{note.name}.{os.getpid()}")
-        temporary.write_text(found)
+        temporary.write_text(f"{found} {digest_json([key, found])}")
         temporary.replace(note)
     except OSError:  # A home that cannot be written only costs time.
         pass
     return found
+
+
+def _sealed_note(note: Path, key: str) -> str:
+    """The digest in a note; empty if the note is not as it was written."""
+    known, _, seal = note.read_text(errors="replace").partition(" ")
+    return known if seal == digest_json([key, known]) else ""
 
 
 def file_stamp(path: Path | str) -> tuple[int, int, int, int]:

@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import ManifestMismatchError, StoreError, StoreNotFoundError
 from .blocks import dask_array
 from .dtypes import DType, dtype_of
-from .files import disk_errors, reading, remove, size_of, write_atomic
+from .files import disk_errors, make_folder, reading, remove, size_of, write_atomic
 from .fingerprint import digest_json
 from .geometry import KVGeometry
 from .leftovers import remove_leftovers
@@ -94,7 +94,7 @@ class KVStore(Sequence[KVSample]):
             store.remove_set_aside()
             return store
         with disk_errors(path):
-            (path / "parts").mkdir(parents=True, exist_ok=True)
+            make_folder(path / "parts")
         for folder in (path / "parts", path):
             attributes = manifest.to_attributes() if folder == path else {}
             write_atomic(folder / "zarr.json", header_bytes(attributes))

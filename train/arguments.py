@@ -12,11 +12,8 @@ import torch
 from transformers import TrainingArguments
 
 from ..errors import RecipeError
-from ..store.files import disk_errors, read_small, remove
-from ..store.safe_json import LOG_BYTES, parse_json
-from .checkpoint_files import check_checkpoint
 from .ranks import num_processes
-from .settings import TrainSettings
+from .settings import CHECKPOINTS, TrainSettings
 from .shard import SHARDING
 from .trackers import PROJECT
 
@@ -84,7 +81,7 @@ def training_arguments(settings: TrainSettings, out: Path, *, has_heldout: bool)
             raise RecipeError(f"train.arguments.{name}: set train.{OWN_KEYS[name]}")
     values: dict[str, Any] = {
         **{name: getattr(settings, key) for name, key in OWN_KEYS.items()},
-        "output_dir": str(out / "checkpoints"),
+        "output_dir": str(out / CHECKPOINTS),
         "eval_strategy": "steps" if settings.eval_steps and has_heldout else "no",
         "save_strategy": "steps" if settings.save_steps else "no",
         "save_steps": settings.save_steps or settings.max_steps,
@@ -132,37 +129,3 @@ def training_arguments(settings: TrainSettings, out: Path, *, has_heldout: bool)
             "-m kava train ..., or show it a single one (CUDA_VISIBLE_DEVICES=0)"
         )
     return made
-
-
-def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
-    """The newest checkpoint that is whole, and its step."""
-    steps = [int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*") if _is_whole(path)]
-    return (folder / f"checkpoint-{max(steps)}", max(steps)) if steps else (None, 0)
-
-
-def begin_at(folder: Path) -> tuple[Path | None, int]:
-    """What `last_checkpoint` gives, after checkpoints that are not whole are removed.
-
-    The Trainer counts them like any other, and would keep one of a later step in the place of those to come.
-    """
-    with disk_errors(folder):
-        for path in folder.glob("checkpoint-*"):
-            if not _is_whole(path):
-                remove(path)
-    checkpoint, step = last_checkpoint(folder)
-    if checkpoint is not None:
-        check_checkpoint(checkpoint)
-    return checkpoint, step
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether the Trainer's state, the last of the files to be written, is there and not torn."""
-    try:
-        data = read_small(checkpoint / "trainer_state.json", LOG_BYTES)
-    except FileNotFoundError:
-        return False
-    try:
-        parse_json(data, checkpoint, LOG_BYTES)
-    except ValueError:
-        return False
-    return True

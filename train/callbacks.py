@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from ..errors import STOP_SIGNALS
-from ..store.files import read_small
+from ..store.files import make_folder, read_small
 from ..store.safe_json import LOG_BYTES, parse_json
 from .ranks import Ranks
 from .trackers import finish_trackers, tracker_callbacks
@@ -66,7 +66,7 @@ class Log:
         self._writer: Any = None
         self._trackers = report_to if ranks.is_first else ()
         if ranks.is_first:
-            out.mkdir(parents=True, exist_ok=True)
+            make_folder(out)
             lines = JsonLog(out / "metrics.jsonl")
             lines.rewind(begun)
             if "tensorboard" in report_to:

@@ -10,10 +10,8 @@ from typing import Any, Final
 
 from ..errors import BackendNotInstalledError, RecipeError
 from ..tap import decoder
-from .settings import LoraSettings
+from .settings import ADAPTER, LoraSettings
 
-ADAPTER: Final = "adapter"
-"""The adapter's folder, below the student's."""
 PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "dense")
 """What attention modules call their projections; each has some of these."""
 

@@ -19,6 +19,10 @@ from pydantic import (
 
 from ..store import SEGMENTS, KVGeometry
 
+CHECKPOINTS: Final = "checkpoints"
+"""Folder of the checkpoints of a training, below the student's."""
+ADAPTER: Final = "adapter"
+"""Folder of a low-rank adapter, below the student's."""
 OF_KV: Final = (
     "alpha_schedule",
     "kv_share",
@@ -96,9 +100,21 @@ class StudentSettings(_Settings):
         return self
 
     def determining(self) -> dict[str, Any]:
-        """What the untrained student depends on, for JSON; defaults too, so that another one is another student."""
-        of_weights = {"seed"} if self.model is not None else {"revision"}
-        return self.model_dump(mode="json", exclude={"geometry", "chat_template_date", *of_weights})
+        """Return what the untrained student depends on, for JSON; defaults too: another default is another student.
+
+        A model and a tokenizer that are given by name are not in it: what they are identified by is their content, see
+        `train.student.student_origin`.
+        """
+        left_out = {"geometry", "model", "revision", "chat_template_date"} | (
+            {"seed"} if self.model is not None else set()
+        )
+        if isinstance(self.tokenizer, str):
+            left_out.add("tokenizer")
+        return self.model_dump(mode="json", exclude=left_out)
+
+    def names(self) -> dict[str, Any]:
+        """Return how the recipe spells the model and the tokenizer that the student begins with."""
+        return self.model_dump(mode="json", include={"model", "revision", "tokenizer"})
 
 
 class AlphaSchedule(_Settings):

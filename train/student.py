@@ -6,16 +6,27 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from ..errors import RecipeError
-from ..hub import ModelSource, find_model, load_model, load_tokenizer, one_line, refuse_unknown_rope
-from ..store.files import disk_errors
+from ..hub import (
+    ModelSource,
+    find_model,
+    load_model,
+    load_tokenizer,
+    model_identity,
+    one_line,
+    refuse_unknown_rope,
+    token_digests,
+    weights_digest,
+)
+from ..store.files import disk_errors, fsync, make_folder
 from ..store.leftovers import remove_temporary
 from ..store.maker import hold, mark
+from ..store.sealed import write_record
 from ..tap import attention_layout, probe_geometry
 from .settings import ByteLevelBPE, StudentSettings
 
@@ -27,13 +38,21 @@ _OS_ERROR: Final = re.compile(r"\(os error (\d+)\)")
 """In what safetensors and tokenizers say, whose classes tell even less."""
 
 
-def make_student(settings: StudentSettings, folder: Path, texts: Iterable[str]) -> None:
-    """Writes the student and its tokenizer to `folder`, whole or not at all.
+def make_student(
+    settings: StudentSettings,
+    folder: Path,
+    texts: Iterable[str],
+    record: Mapping[str, Any] | None = None,
+    on_saved: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Write the student, its tokenizer and their record to `folder`, whole or not at all.
 
     Args:
         settings: where the student comes from.
         folder: a new folder, in the layout of `save_pretrained`.
         texts: what a new tokenizer is trained on.
+        record: fields of its record in addition to the files and the digest of the weights.
+        on_saved: called with the folder in which model and tokenizer are saved, before the record seals it.
 
     Raises:
         RecipeError: if the config is not one of a causal language model that kava knows, or has another geometry.
@@ -60,9 +79,11 @@ def make_student(settings: StudentSettings, folder: Path, texts: Iterable[str]) 
     with saving(folder):
         lock = hold(temporary)
         try:
-            temporary.mkdir(parents=True)
+            make_folder(temporary)
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
+            on_saved(temporary)
+            write_record(temporary, {**(record or {}), "weights": weights_digest(temporary)})
             _move(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -73,9 +94,29 @@ def _move(made: Path, folder: Path) -> None:
     """Gives a student its name, unless another process was faster with the same one."""
     try:
         made.rename(folder)
+        fsync(folder.parent)
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
+
+
+def student_origin(settings: StudentSettings) -> dict[str, Any]:
+    """Return digests of the model and the tokenizer that the recipe names for the student, whatever their spelling.
+
+    Raises:
+        ModelNotFoundError: if one of them cannot be reached.
+    """
+    origin: dict[str, Any] = {}
+    if settings.model is not None:
+        identity = model_identity(model_source(settings), compute_dtype=settings.dtype)
+        origin["model"] = {"revision": identity.revision, "weights": identity.weights_digest}
+    if not isinstance(settings.tokenizer, ByteLevelBPE):
+        source = tokenizer_source(settings)
+        tokenizer = load_tokenizer(source)
+        # Which id ends a sample is no part of the map from text to ids.
+        special = [tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id]
+        origin["tokenizer"] = [*token_digests(source, chat_template=True), special]
+    return origin
 
 
 @contextmanager
@@ -157,9 +198,19 @@ def student_tokenizer(settings: StudentSettings, texts: Iterable[str]) -> Any:
     """
     if isinstance(settings.tokenizer, ByteLevelBPE):
         return train_tokenizer(texts, settings.tokenizer.vocab_size)
+    return load_tokenizer(tokenizer_source(settings))
+
+
+def tokenizer_source(settings: StudentSettings) -> ModelSource:
+    """Where the tokenizer is that the recipe names.
+
+    Raises:
+        ModelNotFoundError: if it cannot be reached.
+    """
     if settings.tokenizer is None:
-        return load_tokenizer(model_source(settings))
-    return load_tokenizer(find_model(settings.tokenizer, trust_remote_code=settings.trust_remote_code))
+        return model_source(settings)
+    assert isinstance(settings.tokenizer, str)
+    return find_model(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:

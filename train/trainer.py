@@ -8,7 +8,6 @@ refused before, in `checks`.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -22,9 +21,10 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 
 from ..errors import KavaError, StageError, TrainingError
-from ..store.files import write_atomic
-from ..store.safe_json import LOG_BYTES, read_json_object
+from ..store.files import make_folder
+from ..store.sealed import RECORD, read_sealed
 from .alpha import AutoAlpha, Gradients, gradient_norms, gradients_of, schedule_factor
+from .checkpoints import remove_older, seal_checkpoint
 from .diagnostics import CollapseAlarm, Mean, StepClock, check_gradient, not_finite, spread_ratio
 from .feed import Feed, share_step
 from .objective import Objective, Pass
@@ -33,10 +33,8 @@ from .settings import TrainSettings
 from .shard import ShardedGradients, local, shard_anywhere, shard_errors
 from .student import saving
 
-STATE: Final = "kava.json"
-"""In a checkpoint: what the Trainer does not know of."""
 PROJECTOR: Final = "projector.safetensors"
-"""Beside it: the projector on the student's side, where there is one."""
+"""In a checkpoint: the projector on the student's side, where there is one."""
 
 _Shared = tuple[torch.Tensor, float]
 """A mean over a batch, and the batch's share of the step; see `share_step`."""
@@ -221,7 +219,7 @@ class KVTrainer(Trainer):  # type: ignore[misc]
         Raises:
             StageError: if it is of a training with another kind of alpha, or of other batches.
         """
-        state = read_json_object(checkpoint / STATE, LOG_BYTES)
+        state = read_sealed(checkpoint / RECORD)
         if (state["alpha"] is None) != (self.auto is None):
             was, now = ("auto", "a number") if self.auto is None else ("a number", "auto")
             raise agreed(
@@ -267,18 +265,20 @@ class KVTrainer(Trainer):  # type: ignore[misc]
             "alpha": None if self.auto is None else asdict(self.auto),
             "fsdp": self.sharded,
         }
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(folder / STATE, json.dumps(state).encode())
+            make_folder(folder)
             if self.projector is not None:
                 save_file(self.projector.state_dict(), folder / PROJECTOR)
-        super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # The file after this one says that the checkpoint is whole.
-        self.ranks.wait()
+        # The Trainer would remove older checkpoints before this one is on the disk.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        seal_checkpoint(folder, state, self.ranks)
+        if self.is_world_process_zero():
+            remove_older(folder.parent, limit)
 
     def _weight(self) -> float:
         """Alpha in the step in hand."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,16 +13,18 @@ from transformers import PrinterCallback
 
 from ..errors import RetryLaterError, StageError
 from ..store import Split
-from ..store.files import disk_errors
-from .arguments import begin_at, last_checkpoint, training_arguments
+from ..store.files import disk_errors, remove
+from ..store.sealed import settle
+from .arguments import training_arguments
 from .callbacks import Log, Steps, StopOnSignal
+from .checkpoints import begin_at, last_checkpoint
 from .checks import check_packing, check_sharding, check_targets
 from .data import TargetCollator, TargetDataset, Targets
 from .feed import Feed
 from .lora import add_lora, save_merged
 from .objective import Objective
 from .ranks import Ranks, agreed
-from .settings import TrainSettings
+from .settings import CHECKPOINTS, TrainSettings
 from .shard import shard_errors, whole_state
 from .student import load_student, padding, saving
 from .trackers import check_trackers
@@ -50,6 +51,7 @@ def train_student(
     corpus_digest: str | None = None,
     on_begin: Callable[[], None] = lambda: None,
     on_step: Callable[[int, int], None] = lambda step, total: None,
+    on_saved: Callable[[TrainResult], None] = lambda result: None,
     ranks: Ranks | None = None,
 ) -> TrainResult:
     """Trains the student in folder `student` on the targets of `store` and saves it to `out`.
@@ -65,6 +67,8 @@ def train_student(
         corpus_digest: the corpus that the targets must be of; None to accept any.
         on_begin: called on the first rank when nothing was refused, before the first step.
         on_step: called with the step reached and the last one.
+        on_saved: called on the first rank when the student is on the disk, before its checkpoints are removed: whatever
+            marks it as complete must exist by then.
         ranks: the processes that train together, of which only the first writes; None for this one alone.
 
     Raises:
@@ -79,8 +83,8 @@ def train_student(
     model, tokenizer, datasets, args = found.model, found.tokenizer, found.datasets, found.args
     collator = TargetCollator(padding(tokenizer), tuple(settings.ce_segments))
     feed = Feed(datasets, collator, settings, args, ranks)
-    checkpoints = out / "checkpoints"
-    checkpoint, begun = ranks.first(lambda: begin_at(checkpoints))
+    checkpoints = out / CHECKPOINTS
+    checkpoint, begun, damaged = ranks.first(lambda: begin_at(checkpoints))
 
     with (
         disk_errors(out),
@@ -103,6 +107,8 @@ def train_student(
             warn=log.warn,
         )
         trainer.remove_callback(PrinterCallback)
+        for line in damaged:
+            log.warn(begun, f"{line}; it is not used, training resumes after step {begun}")
         if checkpoint is not None:
             trainer.load_state(checkpoint)
         if ranks.is_first:
@@ -118,15 +124,18 @@ def train_student(
                 )
             )
         metrics = trainer.evaluate() if len(datasets[Split.HELDOUT]) else {}
+        heldout = {n.removeprefix("heldout_"): value for n, value in metrics.items() if n.startswith("heldout_")}
+        result = TrainResult(int(trainer.state.global_step), heldout, trainer.alpha)
         weights = {"state_dict": whole_state(model)} if trainer.sharded else {}
         if ranks.is_first:
             with saving(out):
                 (model if settings.lora is None else save_merged(model, out)).save_pretrained(out, **weights)
                 tokenizer.save_pretrained(out)
-            shutil.rmtree(checkpoints, ignore_errors=True)
+            settle(out)
+            on_saved(result)
+            remove(checkpoints)
         ranks.wait()
-    metrics = {name.removeprefix("heldout_"): value for name, value in metrics.items() if name.startswith("heldout_")}
-    return TrainResult(int(trainer.state.global_step), metrics, trainer.alpha)
+    return result
 
 
 @dataclass(frozen=True)

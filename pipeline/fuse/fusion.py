@@ -6,7 +6,6 @@ parts of which targets it was measured on: when one of them is made again, so is
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ import numpy as np
 
 from ...errors import AlignmentError, StageError, StoreError, StoreNotFoundError
 from ...store import ExtraArray, KVSample, KVStore, Manifest, ModelIdentity, Split, digest_json
-from ...store.files import disk_errors, write_atomic
-from ...store.safe_json import read_json_object
+from ...store.files import write_atomic
+from ...store.sealed import read_sealed, sealed_text
 from ..maps.moments import NAMES
 from .rules import RULES, Array, Blend, Correlations, Weighting
 
@@ -128,9 +127,7 @@ class Fusion:
         if self.survey is not None:
             overflowed = {str(index): reason for index, reason in self.survey.overflowed.items()}
             raw["survey"] = {"tokens": self.survey.tokens, "sums": _lists(self.survey.sums), "overflowed": overflowed}
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(raw, indent=1).encode())
+        write_atomic(path, sealed_text(raw))
 
     @classmethod
     def load(cls, path: Path) -> Fusion:
@@ -138,10 +135,11 @@ class Fusion:
 
         Raises:
             StoreNotFoundError: if there is none.
+            DamagedStoreError: if it is not as it was written.
             StoreError: if it is none.
         """
         try:
-            raw = read_json_object(path, FUSION_BYTES)
+            raw = read_sealed(path, FUSION_BYTES)
         except FileNotFoundError:
             raise StoreNotFoundError(f"{path} is not made yet; kava fuse") from None
         try:

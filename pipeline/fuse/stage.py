@@ -59,6 +59,11 @@ class FuseStage(StoreStage):
         """The fused store."""
         return self.run.target_path(_settings(self.run).name)
 
+    @property
+    def fusion_path(self) -> Path:
+        """The file that says how they are fused."""
+        return self.run.fusion_path(_settings(self.run).name)
+
     def manifest(self) -> Manifest:
         """From the recipe and the manifests of the targets."""
         return wanted_manifest(self.run)
@@ -187,13 +192,14 @@ def measured(run: Run, stores: dict[str, KVStore], manifest: Manifest, path: Pat
 
     Raises:
         StageError: if targets are missing or are not those of the recipe.
+        DamagedStoreError: if the fusion on disk is not as it was written.
     """
     settings = _settings(run)
     if found := [n for n, store in stores.items() if store.manifest.fingerprint != manifest.parents[n]]:
         raise StageError(f"{stores[found[0]].path} was made for another recipe than it says now; kava project")
     key = fusion_key(stores, manifest)
     with locked(path.with_name(f".{path.name}.lock")):
-        with suppress(StoreError):
+        with suppress(StoreNotFoundError):
             fusion = Fusion.load(path)
             if fusion.key == key:
                 return fusion

@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from ...errors import AlignmentError, StageError
+from ...errors import AlignmentError, DamagedStoreError, StageError
 from ...store import KVGeometry
-from ...store.files import check_regular, disk_errors, write_atomic
+from ...store.files import disk_errors, fsync, read_small, write_atomic
+from ...store.hashing import hash_bytes
 from ...store.safe_json import parse_json, shortened
+from ...store.sealed import check_bytes, check_entry, read_sealed, sealed_text
 from .layers import LayerMap
 
 if TYPE_CHECKING:
     import torch
+
+
+PROJECTOR_BYTES: Final = 16 << 30
+"""Size limit of a projector: one from 80 layers of 8192 to 22 of 512 has 1.3 GB."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,19 @@ class Projector:
         return out.view(-1, *self.target.shape)
 
     def save(self, path: Path) -> None:
-        """Writes `path` (safetensors) and beside it the card (`.json`)."""
+        """Write `path` (safetensors), and beside it the card (`.json`), which holds the size and hash of `path`."""
+        data = self.to_bytes()
+        card = path.with_suffix(".json")
+        if card.exists():  # A card beside another projector's weights would look like damage.
+            card.unlink()
+            fsync(card.parent)
+        write_atomic(path, data)
+        # In one order: the card of a projector that was read again comes sorted.
+        text = json.dumps({**self._header, **self.card, "file": [len(data), hash_bytes(data)]}, sort_keys=True)
+        write_atomic(card, sealed_text(json.loads(text)))
+
+    def to_bytes(self) -> bytes:
+        """Return the content of the safetensors file."""
         from safetensors.torch import save
 
         tensors = {}
@@ -65,33 +83,40 @@ class Projector:
             for index in range(self.target.num_layers):
                 tensors[f"{name}.{index}.weight"] = self.weights[name][index].contiguous()
                 tensors[f"{name}.{index}.bias"] = self.biases[name][index].contiguous()
-        header = {"source": self.source.model_dump(), "target": self.target.model_dump(), "layers": self.layers}
-        write_atomic(path, save(tensors, {"kava_projector": json.dumps({**header, "card": self.card}, sort_keys=True)}))
-        # In one order: the card of a projector that was read again comes sorted.
-        write_atomic(path.with_suffix(".json"), json.dumps({**header, **self.card}, indent=2, sort_keys=True).encode())
+        return save(tensors, {"kava_projector": json.dumps({**self._header, "card": self.card}, sort_keys=True)})
+
+    @property
+    def _header(self) -> dict[str, Any]:
+        return {"source": self.source.model_dump(), "target": self.target.model_dump(), "layers": self.layers}
 
     @classmethod
     def load(cls, path: Path) -> Projector:
-        """Reads a saved projector.
+        """Read a saved projector, after comparing it with its card.
 
         Raises:
-            StageError: if it is not there or not one.
+            StageError: if it is missing, or is no projector.
+            DamagedStoreError: if it or its card is not as it was written.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
+        from safetensors.torch import load
 
         try:
-            check_regular(path)
-            with safe_open(path, "pt") as file:
-                header = parse_json((file.metadata() or {})["kava_projector"].encode(), path)
-                source, target = (KVGeometry(**header[side]) for side in ("source", "target"))
-                layers = range(target.num_layers)
-                parts = {
-                    kind: {n: [file.get_tensor(f"{n}.{i}.{kind}") for i in layers] for n in ("keys", "values")}
-                    for kind in ("weight", "bias")
-                }
+            data = read_small(path, PROJECTOR_BYTES)
+            check_bytes(path, data, read_card(path)["file"])
+        except FileNotFoundError as error:
+            raise StageError(f"projector {path} is missing: {error}. Fit it again with --force project") from None
+        try:
+            length = int.from_bytes(data[:8], "little")
+            header = parse_json(json.loads(data[8 : 8 + length])["__metadata__"]["kava_projector"].encode(), path)
+            tensors = load(data)
+            source, target = (KVGeometry(**header[side]) for side in ("source", "target"))
+            parts = {
+                kind: {n: [tensors[f"{n}.{i}.{kind}"] for i in range(target.num_layers)] for n in ("keys", "values")}
+                for kind in ("weight", "bias")
+            }
             _check_shapes(header, source, target, parts)
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise StageError(f"projector {path} cannot be read: {error}; rerun with --force project") from None
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise StageError(f"{path} is not a projector: {error}. Fit it again with --force project") from None
         return cls(source, target, header["layers"], parts["weight"], parts["bias"], header["card"])
 
 
@@ -118,10 +143,14 @@ def _check_shapes(header: dict[str, Any], source: KVGeometry, target: KVGeometry
 
 def move_projector(path: Path, final: Path) -> None:
     """Give a saved projector another name on the same file system, with its card."""
+    card, final_card = path.with_suffix(".json"), final.with_suffix(".json")
     with disk_errors(final):
-        for source, target in ((path, final), (path.with_suffix(".json"), final.with_suffix(".json"))):
+        final_card.unlink(missing_ok=True)  # Beside other weights it would look like damage.
+        fsync(final.parent)
+        for source, target in ((path, final), (card, final_card)):
             if source.exists():
                 source.replace(target)
+        fsync(final.parent)
 
 
 def remove_projector(path: Path) -> None:
@@ -129,3 +158,26 @@ def remove_projector(path: Path) -> None:
     with disk_errors(path):
         for file in (path, path.with_suffix(".json")):
             file.unlink(missing_ok=True)
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """Read the card of the projector at `path`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        DamagedStoreError: if it is not as it was written.
+    """
+    card = path.with_suffix(".json")
+    found = read_sealed(card)
+    if "file" not in found:
+        raise DamagedStoreError(f"{card}: damaged: it does not say what the projector's file is. Run kava repair")
+    return found
+
+
+def seal_problem(path: Path, card: dict[str, Any]) -> str:
+    """What differs between a projector and its card; empty if nothing does."""
+    try:
+        check_entry(path, card["file"])
+    except DamagedStoreError as error:
+        return str(error)
+    return ""

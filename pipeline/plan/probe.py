@@ -22,9 +22,7 @@ from typing import Any, Final
 from ...extract import Corpus, CorpusSettings, Record, capture_store
 from ...extract.corpus import HeldoutSettings
 from ...store import CODECS, LOSSY, KVStore, Segment, Split
-from ...store.files import write_atomic
 from ..capture_stages import ExtractStage, ReferenceStage
-from ..places import RECORD
 from ..run import Run
 from ..store_stages import ProjectStage, ResampleStage, StoreStage
 from ..teachers import open_teacher
@@ -90,8 +88,7 @@ def run_probe(run: Run, corpus: Corpus, counts: Counts, names: list[str], folder
     with tempfile.TemporaryDirectory(prefix="kava-probe-", dir=folder) as place:
         small = _small_run(run, corpus, counts, names, Path(place))
         found.samples = len(small.corpus)
-        make_student(recipe.student, small.student_dir, counts.student_texts())
-        write_atomic(small.student_dir / RECORD, json.dumps({"key": small.student_key}).encode())
+        make_student(recipe.student, small.student_dir, counts.student_texts(), small.student_record)
         for name in names:
             found.teachers[name] = TeacherProbe()
             _probe_capture(small, name, found)

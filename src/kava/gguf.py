@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from .checkpoint import meta_model, without_quantization
-from .errors import BackendNotInstalledError, CheckpointError
+from .errors import BackendNotInstalledError, CheckpointError, DamagedStoreError
 from .gguf_tokenizer import convert_tokenizer
 from .store import cache_folder, digest_file, digest_json
+from .store.files import make_folder
+from .store.sealed import RECORD, check_record, read_sealed, write_record
 
 _FORM: Final = 2
 """Raised when the same file is converted to another config or tokenizer: older conversions are not used then."""
@@ -111,9 +113,9 @@ def converted(path: Path) -> Path:
 
     key = digest_json([_FORM, transformers.__version__, digest_file(path)])
     folder = cache_folder() / "gguf" / key
-    if not folder.is_dir():
+    if not is_sound(folder):
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-        temporary.mkdir(parents=True, exist_ok=True)
+        make_folder(temporary)
         try:
             file = _read(path)
             config = _config(path, file)
@@ -126,8 +128,20 @@ def converted(path: Path) -> Path:
     return folder
 
 
+def is_sound(folder: Path) -> bool:
+    """Return whether a conversion in the cache exists and is as it was written; any other is made again."""
+    try:
+        check_record(folder, read_sealed(folder / RECORD))
+    except (DamagedStoreError, FileNotFoundError):
+        return False
+    return True
+
+
 def put_in_place(temporary: Path, folder: Path) -> None:
-    """Rename a finished folder, unless another process was faster with the same one."""
+    """Seal a finished folder and rename it, unless another process was faster with the same one."""
+    write_record(temporary, {})
+    if folder.is_dir() and not is_sound(folder):
+        shutil.rmtree(folder, ignore_errors=True)
     try:
         temporary.rename(folder)
     except OSError:

@@ -18,9 +18,9 @@ from typing import Any, Final
 
 from .checkpoint import KeyReport, find_key_mapping, meta_model, tensor_shapes, weight_files
 from .errors import CheckpointError, RecipeError, UnsupportedModelError
-from .gguf import converted, put_in_place
+from .gguf import converted, is_sound, put_in_place
 from .notices import notice
-from .sources import ModelSource, find_model, hub_reachable, loading, model_file, one_line
+from .sources import ModelSource, check_source, find_model, hub_reachable, loading, model_file, one_line
 from .store import KVGeometry, ModelIdentity, digest_file, digest_json
 from .tap import attention_layout, probe_geometry
 from .tokenizer import chat_template_digest, load_tokenizer, tokenizer_digest, tokenizer_file
@@ -61,9 +61,11 @@ def load_config(source: ModelSource) -> Any:
         ModelNotFoundError: if it cannot be loaded.
         CheckpointError: if the folder holds an adapter, or a GGUF file states what cannot be read right.
         UnsupportedModelError: if its keys are rotated in a way that transformers does not know.
+        DamagedStoreError: if kava wrote the folder, and a file of it is not as it was written.
     """
     from transformers import AutoConfig
 
+    check_source(source, quick=True)
     if source.is_local and (Path(source.location) / "adapter_config.json").exists():
         raise CheckpointError(
             f"model {source.name!r}: the folder holds an adapter (adapter_config.json), not a whole model. Merge it "
@@ -121,9 +123,11 @@ def load_model(source: ModelSource, *, dtype: str, device: str = "auto") -> Any:
         CheckpointError: if the checkpoint does not hold exactly the tensors of its config.
         UnsupportedModelError: if its architecture is not known.
         RecipeError: if the device does not exist.
+        DamagedStoreError: if kava wrote the folder, and a file of it is not as it was written.
     """
     from transformers import AutoModelForCausalLM
 
+    check_source(source)
     config = load_config(source)
     layout = attention_layout(config)
     place = torch_device(device)
@@ -214,7 +218,7 @@ def dense_source(source: ModelSource) -> ModelSource:
         return source
     sidecar = converted(source.gguf_path)
     folder = sidecar.with_name(f"{sidecar.name}-dense")
-    if not folder.is_dir():
+    if not is_sound(folder):
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
         load_model(source, dtype="float32", device="cpu").save_pretrained(temporary)
         put_in_place(temporary, folder)
@@ -249,12 +253,17 @@ def count_parameters(config: Any) -> int:
     return sum(prod(p.shape) for p in meta_model(config).parameters())
 
 
-def model_identity(source: ModelSource, *, compute_dtype: str) -> ModelIdentity:
-    """What determines a model's numbers: the commit of a hub model, or the digest of local weights."""
-    config = load_config(source)
-    revision, digest = None, None
+def model_identity(source: ModelSource, *, compute_dtype: str, digest: str | None = None) -> ModelIdentity:
+    """What determines a model's numbers: the commit of a hub model, or the digest of local weights.
+
+    Args:
+        source: where it is.
+        compute_dtype: dtype of the forward pass.
+        digest: that of the weights where a record states it, of files that were compared with the record.
+    """
+    config, revision = load_config(source), None
     if source.is_local:
-        digest = weights_digest(Path(source.location), source.gguf_file)
+        digest = digest or weights_digest(Path(source.location), source.gguf_file)
     else:
         revision = _commit(source)
     return ModelIdentity(

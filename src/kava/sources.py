@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from .errors import HubUnreachableError, KavaError, ModelNotFoundError
 from .notices import notice, transformers_log
 from .store.fingerprint import file_stamp
+from .store.sealed import check_folder
 
 _LONGEST: Final = 300
 """Characters of a library's message."""
@@ -45,7 +46,7 @@ class ModelSource:
     revision: str | None = None
     trust_remote_code: bool = False
     stamp: tuple[int, ...] = ()
-    """Changes when a local folder or file is replaced, so that nothing remembered of the old one is used."""
+    """Changes when a local folder or a file in it is replaced, so that nothing remembered of the old one is used."""
 
     @property
     def is_local(self) -> bool:
@@ -96,7 +97,30 @@ def find_model(name: str, *, revision: str | None = None, trust_remote_code: boo
         return ModelSource(name, location, revision=revision, trust_remote_code=trust_remote_code)
     _refuse_special(name, path)
     folder, gguf = (str(path.parent), path.name) if path.is_file() else (str(path), None)
-    return ModelSource(name, folder, gguf, revision, trust_remote_code, file_stamp(path))
+    return ModelSource(name, folder, gguf, revision, trust_remote_code, _stamp(path))
+
+
+def check_source(source: ModelSource, *, quick: bool = False) -> None:
+    """Compare a folder that kava wrote, such as a student, with its record before it is loaded.
+
+    Args:
+        source: the model.
+        quick: compare large files by size alone.
+
+    Raises:
+        DamagedStoreError: if a file of it is not as it was written.
+    """
+    if source.is_local and not source.gguf_file:
+        check_folder(Path(source.location), quick=quick)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Return what changes when a file, or any file of a folder, is written again."""
+    stamps = list(file_stamp(path))
+    for file in sorted(path.iterdir()) if path.is_dir() else ():
+        with suppress(FileNotFoundError):  # A link that leads nowhere, or a file removed meanwhile.
+            stamps += file_stamp(file)
+    return tuple(stamps)
 
 
 def _refuse_special(name: str, path: Path) -> None:

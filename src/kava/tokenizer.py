@@ -15,7 +15,7 @@ from typing import Any, Final
 from .errors import CheckpointError, ModelNotFoundError
 from .gguf import converted
 from .notices import notice
-from .sources import ModelSource, loading, model_file
+from .sources import ModelSource, check_source, loading, model_file
 from .store import digest_json
 
 _TOKENIZERS: Final = (
@@ -45,9 +45,11 @@ def load_tokenizer(source: ModelSource) -> Any:
     Raises:
         ModelNotFoundError: if it cannot be loaded, or has no fast form (byte spans need one).
         CheckpointError: if transformers cannot load what `tokenizer.json` describes.
+        DamagedStoreError: if kava wrote the folder, and a file of it is not as it was written.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    check_source(source, quick=True)
     if source.is_local and not source.gguf_file:
         _refuse_without_tokenizer(source)
     with loading(source):

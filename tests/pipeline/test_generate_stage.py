@@ -8,6 +8,7 @@ from fixtures.command import kava, rows, write_recipe
 
 from kava.answers import final_number
 from kava.store import KVStore, Segment
+from kava.store.sealed import sealed_text
 
 
 def _recipe(root: Path, models: dict[str, Path], **generate: Any) -> Path:
@@ -55,7 +56,7 @@ def test_a_cut_off_generation_goes_on(tmp_path: Path, tiny_models: dict[str, Pat
     for path in (*answers[2:], folder / "corpus.jsonl"):
         path.unlink()
     record = json.loads((folder / "kava.json").read_text())
-    (folder / "kava.json").write_text(json.dumps({"key": record["key"]}))
+    (folder / "kava.json").write_bytes(sealed_text({"key": record["key"], "files": {}}))
     assert "10 of 24 prompts answered" in kava("status", recipe)
     kava("run", recipe, "--only", "generate")
     assert (folder / "corpus.jsonl").read_bytes() == corpus

@@ -139,13 +139,14 @@ def test_a_calibration_captured_again_is_fitted_again(done: Path, tmp_path: Path
 def test_a_worker_does_not_write_into_another_runs_store(done: Path) -> None:
     run = Run(load_recipe(done))
     transform = ProjectStage(run, "big").prepare(KVStore.open(run.teacher_path("big")))
-    projector = run.projector_path("big").read_bytes()
+    path = run.projector_path("big")
     kava("project", done, "-s", "resample.method=mean")
     KVStore.open(run.target_path("big")).drop_part(2)
     with pytest.raises(StageError, match="was replaced by that of another run"):
         transform(2)
     kava("project", done)
-    run.projector_path("big").write_bytes(projector.replace(b"made_for", b"made_4or"))
+    projector = Projector.load(path)
+    replace(projector, card=projector.card | {"made_for": "another store"}).save(path)
     KVStore.open(run.target_path("big")).drop_part(2)
     with pytest.raises(StageError, match="was replaced by that of another run"):
         transform(2)

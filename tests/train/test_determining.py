@@ -68,4 +68,6 @@ def test_what_says_nothing_makes_nothing_stale(
 def test_the_seed_of_random_weights_is_not_a_models() -> None:
     found = [StudentSettings(model="some", seed=seed).determining() for seed in (0, 1)]
     assert found[0] == found[1]
-    assert StudentSettings(model="some", revision="v2").determining() != found[0]
+    # A model is identified by its content, however the recipe spells it: see `student_origin`.
+    assert StudentSettings(model="some", revision="v2").determining() == found[0]
+    assert StudentSettings(model="some", dtype="bfloat16").determining() != found[0]

@@ -25,7 +25,9 @@ from safetensors.torch import load_file, save_file
 from kava.pipeline import load_recipe
 from kava.pipeline.run import Run
 from kava.store import KVStore, Lock, Split
+from kava.store.sealed import read_sealed
 from kava.train import TargetDataset, load_student
+from kava.train.checkpoints import damaged_checkpoints
 from kava.train.order import Order
 
 pytestmark = pytest.mark.slow
@@ -179,6 +181,9 @@ def test_one_is_told_to_stop_and_all_do_and_go_on_exactly(recipe: Path, fsdp: bo
     assert set(re.findall(r"exitcode *: (\d+)", printed)) == {"75"}
     checkpoint = recipe.parent / f"run/students/cut/checkpoints/checkpoint-{step}"
     assert {"kava.json", "rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in checkpoint.iterdir()}
+    files = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+    assert {*read_sealed(checkpoint / "kava.json")["files"], "kava.json"} == files
+    assert damaged_checkpoints(checkpoint.parent) == []
     words = _words(recipe, "cut", settings)
     assert "2 processes of 1 rows each, this one has 1 of 1: go on as it was begun" in kava(*words, code=2)
     other = _two(recipe, "cut", code=1, **settings | {"fsdp": not fsdp})
