@@ -24,8 +24,6 @@ MAX_INDEX_BYTES: Final = 1 << 30
 """Largest index that is read: some four million samples of a part, far more than kava writes into one."""
 
 KV: Final = ("keys", "values")
-_ENCODER_OVERHEAD: Final = 64
-"""Bytes by which an encoded page may exceed its raw size, checksum included."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +105,7 @@ class PartIndex:
         samples = _take(found, "samples", "<i8", (num_samples, len(SAMPLE_FIELDS)))
         ids = _take(found, "sample_id", "|u1", (None,))
         sums = _take(found, "sums", "<f8", (len(KV), 2, manifest.geometry.num_layers))
-        tables = {}
-        for name, array in arrays.items():
-            nbytes, checksums = _take(found, f"{name}.pages", "<u4", (2, None))
-            if len(nbytes) and nbytes.max() > array.page_bytes + _ENCODER_OVERHEAD:
-                raise ValueError(f"{name}: a chunk that is larger than its page")
-            tables[name] = PageTable(nbytes, checksums)
+        tables = {name: PageTable(*_take(found, f"{name}.pages", "<u4", (2, None))) for name in arrays}
         extras = {
             name: _take(found, f"{name}.value", kind.numpy, (num_samples, *kind.shape))
             for name, kind in manifest.extras.items()
@@ -123,18 +116,16 @@ class PartIndex:
         if len({len(table.nbytes) for table in tables.values()}) > 1:
             raise ValueError("arrays have different numbers of pages")
         index = cls(samples, ids, sums, tables, extras)
-        index._check(manifest.page_tokens)
+        if num_samples and (samples.min() < 0 or index.lengths.max() > index.num_pages * manifest.page_tokens):
+            raise ValueError("samples: numbers that cannot be")
         return index
 
-    def _check(self, page_tokens: int) -> None:
-        """Raise ValueError for samples that reach beyond the part, and for ids that are no text."""
+    def check(self, page_tokens: int) -> None:
+        """Raise ValueError for samples whose rows or ids do not fit the part; readers check those that they read."""
         starts, lengths, _, id_stops = self.samples.T
-        if len(starts):
-            rows = self.num_pages * page_tokens
-            if self.samples.min() < 0 or (starts % page_tokens).any() or lengths.max() > rows:
-                raise ValueError("samples: numbers that cannot be")
-            if starts.max() > rows or (starts + lengths).max() > rows:
-                raise ValueError("samples: rows outside the part")
+        rows = self.num_pages * page_tokens
+        if (starts % page_tokens).any() or (starts > rows - lengths).any():
+            raise ValueError("samples: rows outside the part")
         if (id_stops[1:] < id_stops[:-1]).any() or (id_stops[-1] if len(id_stops) else 0) != len(self.ids_utf8):
             raise ValueError("sample_id: ends that do not fit the text")
         self.ids_utf8.tobytes().decode()
@@ -157,7 +148,7 @@ def _take(
     array = found.pop(name, None)
     if array is None:
         raise ValueError(f"array {name!r} is missing")
-    sizes_fit = len(array.shape) == len(shape) and all(b in (None, a) for a, b in zip(array.shape, shape, strict=True))
-    if array.dtype != dtype or not sizes_fit:
+    found_shape = tuple(None if size is None else own for own, size in zip(array.shape, shape, strict=False))
+    if array.dtype != dtype or array.ndim != len(shape) or found_shape != shape:
         raise ValueError(f"array {name!r} is {array.dtype} {array.shape}, expected {dtype} {shape}")
     return array

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +18,7 @@ from .lock import at_work
 from .part import SEGMENT_FIELD, TOKENS, PartLayout, part_name, unpack_tokens
 from .quantize import LOSSY
 from .sample import KVSample, Segment, Split
-from .shard import PagedArray, PageReader
+from .shard import PageReader
 from .table import check_files, read_index, read_table
 
 _OVERHEAD: Final = 16 << 10
@@ -58,22 +59,12 @@ class PartReader:
             self._index = PartIndex.load(data, manifest, len(self), layout.arrays)
             if self._index.num_pages * manifest.page_tokens != self.num_rows:
                 raise ValueError(f"{self._index.num_pages} pages for {self.num_rows} rows")
-            self.pages = {name: self._page_reader(name, array) for name, array in layout.arrays.items()}
         except (ValueError, OverflowError) as error:
-            raise DamagedStoreError(f"{self.path}/{INDEX_FILE}: {error}") from None
+            raise DamagedStoreError(f"{self._folder}/{INDEX_FILE}: {error}") from None
+        tables, files = self._index.pages, self.table["files"]
+        self.pages = {n: PageReader(a, self._folder, tables[n], files, check) for n, a in layout.arrays.items()}
         self.nbytes = len(data) + _OVERHEAD
         """Approximate memory of this reader in bytes."""
-
-    def _page_reader(self, name: str, array: PagedArray) -> PageReader:
-        """Return the reader of a paged array, whose shards must have the sizes that the table names."""
-        pages, files = self._index.pages[name], self.table["files"]
-        slots, index_bytes = array.pages_per_shard, array.index_bytes
-        shards = -(-len(pages.nbytes) // slots)
-        sizes = [files.get(array.shard_name(shard), (-1,))[0] for shard in range(shards)]
-        chunks = [int(pages.nbytes[n * slots : (n + 1) * slots].sum(dtype=np.int64)) for n in range(shards)]
-        if [size + index_bytes for size in chunks] != sizes:
-            raise ValueError(f"{name}: the sizes of its {shards} shards do not fit their chunks")
-        return PageReader(array, self._folder, pages, sizes, self._check)
 
     @property
     def path(self) -> Path:
@@ -143,11 +134,20 @@ class PartReader:
     @property
     def ids(self) -> list[str]:
         """Sample ids."""
-        return self._index.ids
+        with self._text():
+            return self._index.ids
 
     def sample_id(self, position: int) -> str:
         """Return the id of one sample."""
-        return self._index.sample_id(position)
+        with self._text():
+            return self._index.sample_id(position)
+
+    @contextmanager
+    def _text(self) -> Iterator[None]:
+        try:
+            yield
+        except UnicodeDecodeError as error:
+            raise DamagedStoreError(f"{self._folder}/{INDEX_FILE}: a sample id is not text: {error}") from None
 
     @property
     def lengths(self) -> np.ndarray[Any, Any]:
@@ -304,7 +304,10 @@ class PartReader:
         """Return first row and number of rows of a sample."""
         if self._stamp != self._current_stamp():
             raise StoreError(f"{self.path} was written again since it was opened; open the store again")
-        return int(self.starts[position]), int(self.lengths[position])
+        start, length = int(self.starts[position]), int(self.lengths[position])
+        if start % self.manifest.page_tokens or start + length > self.num_rows:
+            raise DamagedStoreError(f"{self._folder}: sample {self.sample_id(position)!r} has rows outside the part")
+        return start, length
 
     def _entry(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape of a row of an array, and its on-disk dtype."""

@@ -11,7 +11,7 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,6 +32,8 @@ SHARD_BYTES: Final = 128 << 20
 SHARD_PAGES: Final = 1024
 """Chunks per shard, at most: an index has room for all of them, used or not."""
 
+_ENCODER_OVERHEAD: Final = 64
+"""Bytes by which an encoded page may exceed its raw size, checksum included."""
 _EMPTY: Final = np.uint64(2**64 - 1)
 
 
@@ -175,8 +177,8 @@ class PageReader:
     part: str
     """Folder of the part."""
     table: PageTable
-    sizes: list[int]
-    """Bytes of each shard's file."""
+    files: Mapping[str, Sequence[Any]]
+    """Size and hash of every file of the part, by name."""
     check: bool = True
     """Compare each chunk with its checksum."""
     _paths: dict[int, str] = field(default_factory=dict)
@@ -185,6 +187,15 @@ class PageReader:
     def num_pages(self) -> int:
         """Pages of the array."""
         return len(self.table.nbytes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each shard, as the part's table says."""
+        return [self._size(shard) for shard in range(-(-self.num_pages // self.array.pages_per_shard))]
+
+    def _size(self, shard: int) -> int:
+        """Return the bytes of a shard; -1 if the table does not name it."""
+        return int(self.files.get(self.array.shard_name(shard), (-1,))[0])
 
     def offset(self, page: int) -> int:
         """Return the first byte of a chunk in its shard."""
@@ -240,11 +251,11 @@ class PageReader:
         except FileNotFoundError:
             raise DamagedStoreError(f"{path}: the shard is missing") from None
         found = os.fstat(file)
-        if not stat.S_ISREG(found.st_mode) or found.st_size != self.sizes[shard]:
+        if not stat.S_ISREG(found.st_mode) or found.st_size != self._size(shard):
             os.close(file)
             if not stat.S_ISREG(found.st_mode):
                 raise DamagedStoreError(f"{path}: not a regular file")
-            raise DamagedStoreError(f"{path}: the shard has {found.st_size} bytes, expected {self.sizes[shard]}")
+            raise DamagedStoreError(f"{path}: the shard has {found.st_size} bytes, expected {self._size(shard)}")
         return file
 
     def _read_run(
@@ -276,6 +287,8 @@ class PageReader:
     ) -> None:
         array, codec = self.array, self.array.codec
         offset, nbytes = self.offset(page), int(self.table.nbytes[page])
+        if nbytes > array.page_bytes + _ENCODER_OVERHEAD:
+            raise DamagedStoreError(f"{nbytes} bytes for a page of {array.page_bytes}")
         if layers is None and len(out) == array.page_shape[0] and out.flags.c_contiguous:
             codec.read(file, offset, nbytes, out, checksum)
             return

@@ -100,7 +100,8 @@ def verify_part(store: KVStore, number: int) -> list[Damage]:
         read_table(store.path, store.layout, number)
         file = INDEX_FILE
         part = PartReader(store.path, store.layout, number)
-    except StoreError as error:
+        part.part_index.check(store.manifest.page_tokens)
+    except (StoreError, ValueError) as error:
         return [Damage(number, file, None, (), str(error))]
     files = part.table["files"]
     absent, changed = {}, {}
