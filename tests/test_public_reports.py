@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fixtures.command import write_recipe
+from fixtures.command import kava, write_recipe
 from fixtures.models import save_model
 from fixtures.templates import CHATML, chat_tokenizer
 from fixtures.tokenizers import byte_level_tokenizer, sentencepiece_tokenizer
+from safetensors.torch import load_file, save_file
 
 from kava.answers import final_number
 from kava.errors import CheckpointError, CorpusError, ModelNotFoundError
@@ -201,6 +202,27 @@ def test_a_merged_adapter_with_a_head_of_its_own(
         for path in (folder, tmp_path / "student"):
             assert torch.equal(load_student(path)[0](ids).logits, expected)
     assert "we will NOT tie them" in capsys.readouterr().err
+
+
+def test_a_teacher_that_overflows_in_float16(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    """Qwen2 loaded in float16: many numerical overflows (nan).
+
+    https://github.com/QwenLM/Qwen3/issues/868. No number is stored, and the command fails with the reason.
+    """
+    folder = shutil.copytree(tiny_models["teacher"], tmp_path / "teacher")
+    tensors = load_file(folder / "model.safetensors")
+    changed = {name: tensor * 1e5 if "k_proj" in name else tensor for name, tensor in tensors.items()}
+    save_file(changed, folder / "model.safetensors", {"format": "pt"})
+    teacher = {"big": {"model": str(folder), "dtype": "float16"}}
+    recipe = write_recipe(tmp_path, tiny_models, teachers=teacher, extract={"dtype": "float16"})
+    printed = kava("extract", recipe, code=1)
+    assert "all 24 samples failed; r" in printed
+    assert "non-finite keys" in printed
+    assert "set its dtype to bfloat16 or float32, and capture again with --force" in printed
+    assert "1285 tokens" not in printed
+    printed = kava("extract", recipe, "--force", "-s", "teachers.big.dtype=float32", "-s", "extract.dtype=bfloat16")
+    assert "failed" not in printed
+    assert "is a file, not a store" in kava("inspect", recipe, code=2)
 
 
 def test_a_tokenizer_saved_with_truncation_and_padding(tmp_path: Path, whole: Path) -> None:
