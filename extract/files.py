@@ -13,11 +13,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
 from ..errors import CorpusError, HubUnreachableError, KavaError
 from ..hub import hub_reachable
+from ..lfs import lfs_pointer
 from ..store.fingerprint import file_stamp
 from .corpus_settings import CorpusSettings
 from .strict_json import json_lines, json_records
@@ -141,6 +143,8 @@ def _in_folder(folder: Path) -> list[Path]:
 
 def _file(path: Path, choose: Choose) -> Source:
     kind = _kind(path)
+    if pointer := lfs_pointer(path):
+        raise CorpusError(f"corpus {path}: {pointer}.")
     if kind == "parquet":
         return _parquet(path, choose)
     if kind is None:
@@ -170,6 +174,8 @@ def _reading(label: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise CorpusError(f"corpus {label}: {error.strerror or _first_line(error)}") from None
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"corpus {label}: cannot be read: {error}. Save the file as UTF-8.") from None
     except (pa.ArrowException, csv.Error, ValueError, OverflowError, EOFError) as error:
         raise CorpusError(f"corpus {label}: cannot be read: {_first_line(error)}. Restore the file.") from None
 
@@ -194,13 +200,18 @@ def _stream(path: Path) -> Iterator[BinaryIO]:
 
 
 def _csv_rows(path: Path) -> Rows:
-    """Records of a CSV file with a header; an empty cell is no value."""
-    delimiter = "\t" if ".tsv" in path.suffixes else ","
+    """Records of a CSV file with a header; an empty cell is no value.
+
+    Cells are separated as the header is: Excel writes semicolons where the comma is the decimal point.
+    """
     before = csv.field_size_limit(sys.maxsize)
     try:
         with _reading(str(path)), _stream(path) as binary:
             text = io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
-            lines = csv.reader(text, delimiter=delimiter, strict=True)
+            first = text.readline()
+            known = "\t" if ".tsv" in path.suffixes else ",;\t"
+            delimiter = next((character for character in known if character in first), known[0])
+            lines = csv.reader(chain([first], text), delimiter=delimiter, strict=True)
             header = next(lines, [])
             if twice := next((name for name in header if header.count(name) > 1), None):
                 raise CorpusError(f"{path} line 1: column {twice!a} occurs twice. Rename one.")

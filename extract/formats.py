@@ -107,6 +107,18 @@ def _chat_completion(row: Row, where: str, separator: str) -> Reading:
     return Reading(message_pieces(messages, "completion"), messages)
 
 
+def _preference(row: Row, where: str, separator: str) -> Reading:
+    chosen = row["chosen"]
+    if isinstance(chosen, str):
+        return _fields("prompt", None, "chosen")(row, where, separator)
+    messages = read_messages(chosen, "chosen", where)
+    prompt = row.get("prompt")
+    if prompt is not None and all(message["role"] == "assistant" for message in messages):
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = (*read_messages(asked, "prompt", where), *messages)
+    return Reading(message_pieces(messages, "chosen"), messages)
+
+
 def _gsm8k(row: Row, where: str, separator: str) -> Reading:
     pieces = _fields("question", None, "answer")(row, where, separator).pieces
     return Reading(split_pieces(pieces, SplitSettings(field="answer", at=GSM8K_MARK), where))
@@ -127,6 +139,10 @@ def _has_mark(row: Row) -> bool:
 
 def _is_chat(row: Row) -> bool:
     return not isinstance(row["prompt"], str) and not isinstance(row["completion"], str)
+
+
+def _is_preference(row: Row) -> bool:
+    return not isinstance(row["chosen"], str) or row.get("prompt") is not None
 
 
 def _has_prompt_and_more(row: Row) -> bool:
@@ -162,6 +178,14 @@ FORMATS: Final[tuple[Format, ...]] = (
     ),
     Format(
         "prompt/rationale/answer", "one field for each segment", (), _BY_SEGMENT, SEGMENT_FIELDS, _has_prompt_and_more
+    ),
+    Format(
+        "preference",
+        "the chosen answer is the answer",
+        ("chosen",),
+        _preference,
+        ("prompt",),
+        _is_preference,
     ),
     Format(
         "GSM8K-AUG",
@@ -254,9 +278,15 @@ def read_row(
         else:
             wanted = "none of the known formats fits"
         there = sorted(ascii(name)[1:-1] for name in present)
-        raise CorpusError(
-            f"{where}: {wanted}; the fields are {', '.join(there) or 'none'}. Name yours under corpus.fields."
+        lists = [
+            name for name, value in row.items() if isinstance(value, list) and isinstance(next(iter(value), None), dict)
+        ]
+        todo = (
+            f"{lists[0]!a} is a list of objects; if they are the records, save that list as the file."
+            if lists
+            else "Name yours under corpus.fields."
         )
+        raise CorpusError(f"{where}: {wanted}; the fields are {', '.join(there) or 'none'}. {todo}")
     reading = known.read(row, where, settings.separator)
     if settings.text_split is not None or settings.answer_prefix or settings.drop_last_step:
         reading = replace(reading, pieces=_adjusted(reading, settings, where))
@@ -330,9 +360,15 @@ def _prefixed(piece: Piece, prefix: str) -> Piece:
 
 
 def _text(row: Row, name: str, where: str) -> str:
-    if not isinstance(row[name], str):
-        raise CorpusError(f"{where}: {name!r} must be a string, not {type(row[name]).__name__}.")
-    return str(row[name])
+    value = row[name]
+    if isinstance(value, list | dict):
+        raise CorpusError(
+            f"{where}: {name!r} must be a string, not {type(value).__name__}. Write one record for each value, as "
+            "pandas does with to_json(orient='records', lines=True)."
+        )
+    if not isinstance(value, str):
+        raise CorpusError(f"{where}: {name!r} must be a string, not {type(value).__name__}. Write it as text.")
+    return value
 
 
 def _step(step: Any, where: str) -> str:

@@ -21,7 +21,9 @@ from .record import Piece
 
 REASONING: Final = ("reasoning_content", "reasoning", "thinking")
 """Keys of an assistant's reasoning, as different servers and templates name them."""
-MESSAGE_KEYS: Final = frozenset({"role", "content", "tool_calls", "tool_call_id", "name", *REASONING})
+WEIGHT: Final = "weight"
+"""Key of an assistant's message that is 0 if it is context that is not to be learned, as OpenAI's format has it."""
+MESSAGE_KEYS: Final = frozenset({"role", "content", "tool_calls", "tool_call_id", "name", WEIGHT, *REASONING})
 """Keys of a message that are read; a chat template gets the others too, but no text of them is aligned."""
 _THOUGHT: Final = re.compile(r"\s*<think>\s*\S.*?</think>", re.DOTALL)
 """A thought with text in it, at the beginning of a message."""
@@ -89,7 +91,8 @@ def from_sharegpt(value: Any, column: str, where: str) -> tuple[dict[str, Any], 
                 f"{where}: {column}[{number}].from is {_short(role)}. Use one of {', '.join(_ROLES)}, or convert the "
                 "record to messages."
             )
-        messages.append({"role": _ROLES[role], "content": entry.get("value")})
+        others = {key: value for key, value in entry.items() if key not in ("from", "value")}
+        messages.append({**others, "role": _ROLES[role], "content": entry.get("value")})
     return read_messages(messages, column, where)
 
 
@@ -105,7 +108,7 @@ def message_pieces(messages: Sequence[dict[str, Any]], column: str) -> list[Piec
     """The pieces of the canonical text, one turn for each part."""
     pieces = []
     for part in parts_of(messages):
-        if part.role != "assistant":
+        if not is_learned(messages[part.message]):
             pieces.append(Piece(part.role, part.text, Segment.PROMPT, column))
         elif part.path[0] in REASONING:
             pieces.append(Piece(part.role, part.text, Segment.RATIONALE, column))
@@ -116,6 +119,11 @@ def message_pieces(messages: Sequence[dict[str, Any]], column: str) -> list[Piec
         else:
             pieces.append(Piece(part.role, part.text, Segment.ANSWER, column))
     return pieces
+
+
+def is_learned(message: Mapping[str, Any]) -> bool:
+    """Whether a message is one that the student learns to write."""
+    return message.get("role") == "assistant" and message.get(WEIGHT, 1) != 0
 
 
 def unread_keys(messages: Sequence[dict[str, Any]]) -> set[str]:
@@ -141,6 +149,8 @@ def _checked(message: dict[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(kept.get(key, ""), str):
             raise CorpusError(f"{where}.{key} must be a string, not {type(kept[key]).__name__}.")
     _check_content(kept.get("content"), where)
+    if kept.get(WEIGHT, 1) not in (0, 1):
+        raise CorpusError(f"{where}.{WEIGHT} is {_short(kept[WEIGHT])}. Use 1, or 0 for a turn that is not learned.")
     calls = kept.get("tool_calls", [])
     if not isinstance(calls, list | tuple):
         raise CorpusError(f"{where}.tool_calls must be a list, not {type(calls).__name__}.")

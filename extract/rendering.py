@@ -22,7 +22,7 @@ import numpy as np
 
 from ..errors import CorpusError
 from .chat import ChatTemplate, Message
-from .messages import message_texts
+from .messages import is_learned, message_texts
 from .record import Record
 
 _PRIVATE: Final = [*map(chr, range(0xF0000, 0xFFFFE)), *map(chr, range(0x100000, 0x10FFFE))]
@@ -43,7 +43,7 @@ class Rendering:
     ends: str
     """Template text with which the last assistant's turn ends; empty if the template ends it with nothing."""
     asks: bool
-    """Whether the last message is an assistant's."""
+    """Whether the last message is one that the student learns to write."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class _Placement:
         breaks = np.flatnonzero((np.diff(self.places[both]) != 1) | (np.diff(canonical[both]) != 1)) + 1
         runs = [run for run in np.split(both, breaks) if len(run)]
         regions = [(int(self.places[r[0]]), int(self.places[r[-1]]) + 1, int(canonical[r[0]])) for r in runs]
-        asks = self.messages[-1].get("role") == "assistant"
+        asks = is_learned(self.messages[-1])
         return Rendering(self.rendered, regions, self._written(), self.template.turn_end.final if asks else "", asks)
 
     # Where the characters are.
@@ -288,7 +288,7 @@ class _Placement:
                 closing = end.final if number == len(self.messages) - 1 else end.inner
                 at = self.rendered.find(closing, text_stop, limit) if closing else -1
                 stop = at + len(closing) if at >= 0 else text_stop
-                if start < stop:
+                if start < stop and is_learned(message):
                     found.append((start, stop))
                 reached = stop
             elif placed:

@@ -27,6 +27,8 @@ def json_lines(stream: BinaryIO, label: str) -> Iterator[tuple[str, dict[str, An
         where = f"{label} line {number}"
         try:
             row = _DECODER.decode(data.decode())
+        except UnicodeDecodeError as error:
+            raise CorpusError(f"{where}: not a JSON object: {error}. Save the file as UTF-8.") from None
         except (ValueError, RecursionError) as error:
             raise CorpusError(f"{where}: not a JSON object: {_reason(error)}. Repair or remove the line.") from None
         yield where, _object(row, where)

@@ -63,7 +63,7 @@ def check_tokenizer(
         )
     _check_embedding(where, encoder, records, int(config.vocab_size))
     if records:
-        _warn_without_bos(where, encoder, records[0], config)
+        _warn_of_bos(where, encoder, records[0], config)
 
 
 class _TextReader:
@@ -150,7 +150,7 @@ def _check_embedding(where: str, encoder: Encoder, records: Sequence[Record], ro
     )
 
 
-def _warn_without_bos(where: str, encoder: Encoder, record: Record, config: Any) -> None:
+def _warn_of_bos(where: str, encoder: Encoder, record: Record, config: Any) -> None:
     tokenizer = encoder.tokenizer
     bos = tokenizer.bos_token_id
     if bos is None:
@@ -159,6 +159,12 @@ def _warn_without_bos(where: str, encoder: Encoder, record: Record, config: Any)
     adds = tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
     with suppress(CorpusError):
         ids = encoder.encode(record).input_ids
+        if len(ids) > 1 and ids[0] == ids[1] == bos:
+            notice(
+                f"{where}: samples begin with BOS twice: the tokenizer adds {tokenizer.bos_token!r}, and the text of "
+                "the records begins with it. Remove it from the text",
+                kind="warning",
+            )
         if (family or adds) and (len(ids) == 0 or ids[0] != bos):
             notice(
                 f"{where}: samples do not begin with BOS ({tokenizer.bos_token!r}), which {config.model_type} models "

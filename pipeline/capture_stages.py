@@ -11,7 +11,7 @@ from ..store import KVStore, Manifest
 from ..store.files import link, remove
 from ..store.replace import next_path
 from .capturing import capture
-from .describe import describe
+from .describe import describe, refuse_without_samples
 from .misfits import refuse_misfits
 from .run import Run
 from .segments import segment_warnings
@@ -125,6 +125,7 @@ class ExtractStage(StoreStage):
         if self.missing(store):
             with open_teacher(self.run, self._teacher) as teacher:
                 capture(self, store, self.run.corpus, self.run.teacher_encoder(self._teacher), teacher)
+        refuse_without_samples(store)
         return describe(self, store)
 
 

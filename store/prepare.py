@@ -69,6 +69,8 @@ def _layer_sums(
             np.einsum("tlw,tlw->tl", numbers, numbers, out=rows[1, first : first + block])
     if not np.isfinite(rows).all():
         wide = dtype.to_float32(array).reshape(tokens, layers, math.prod(entry)).astype(np.float64)
-        rows = np.stack([wide.sum(-1), np.square(wide).sum(-1)])
-    bad = np.flatnonzero(~np.isfinite(rows[0].sum(0, dtype=np.float64))).tolist()
-    return rows[:, mask].sum(1, dtype=np.float64), bad
+        with np.errstate(over="ignore", invalid="ignore"):
+            rows = np.stack([wide.sum(-1), np.square(wide).sum(-1)])
+    with np.errstate(over="ignore", invalid="ignore"):  # Of opposite infinities.
+        bad = np.flatnonzero(~np.isfinite(rows[0].sum(0, dtype=np.float64))).tolist()
+        return rows[:, mask].sum(1, dtype=np.float64), bad

@@ -69,6 +69,8 @@ class KVStore(Sequence[KVSample]):
                 attributes = read_header(header)
         except FileNotFoundError:
             raise StoreNotFoundError(f"there is no store at {path}") from None
+        except NotADirectoryError:
+            raise StoreError(f"{path} is a file, not a store. Name the store's folder") from None
         except StoreError:
             raise
         except ValueError as error:

@@ -31,6 +31,8 @@ _NUMBER: Final = re.compile(
 )
 _BOX: Final = re.compile(r"\\f?boxed\s*")
 _GROUPED: Final = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d,]|\.\d)")
+_SUM: Final = re.compile(rf"[^\S\n]*(?:<<)?[\d.,()%+*/×·x{_CURRENCY}{_MINUS} \t]*\d[^\n=\w]*=(?!=)(?=[^\n]*\d)")
+"""A calculation before its result, as in `5 * 3 = 15` and GSM8K's `<<5*3=15>>15`."""
 _ROOT: Final = re.compile(r"(?:\\sqrt\s*(?:\[\d+\])?\s*\{?|√)\s*$")
 _IRRATIONAL: Final = re.compile(r"\s*(?:\\sqrt|√|\\pi\b|π)")
 
@@ -46,10 +48,10 @@ _FRACTION: Final = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{
 def final_number(text: str, *, first_mark: bool = False) -> Fraction | None:
     r"""Return the number that a text ends in; None if there is none.
 
-    After the last `####`, or else in the last `\boxed{}`, the first number counts, and without either the last one of
-    the text. Thousands separators, currency signs, units and a full stop are no part of it; `3/4`, `\frac{3}{4}` and
-    `1 1/2` are fractions, `50%` is 50, `1.5 \times 10^6` and `2^{10}` are what they amount to. A multiple of a root or
-    of pi is None.
+    After the last `####`, or else in the last `\boxed{}`, the first number counts, or the result of a calculation that
+    stands there, and without either the last number of the text. Thousands separators, currency signs, units and a
+    full stop are no part of it; `3/4`, `\frac{3}{4}` and `1 1/2` are fractions, `50%` is 50, `1.5 \times 10^6` and
+    `2^{10}` are what they amount to. A multiple of a root or of pi is None.
 
     Args:
         text: an answer, or what a model wrote.
@@ -64,6 +66,8 @@ def final_number(text: str, *, first_mark: bool = False) -> Fraction | None:
     if boxes:
         after = _argument(text[boxes[0 if first_mark else -1].end() :])
         after = re.split(r"=|≈|\\approx", after)[-1]
+    while calculation := _SUM.match(after):
+        after = after[calculation.end() :]
     plain = _GROUPED.sub(lambda match: match[0].replace(" ", ","), _plain(after))
     first = _NUMBER.search(plain)
     return _value(plain, first) if first else None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from .errors import CheckpointError
+from .lfs import lfs_pointer
 from .notices import transformers_log
 
 SINGLE: Final = ("model.safetensors", "pytorch_model.bin")
@@ -128,6 +129,8 @@ def tensor_shapes(name: str, files: Iterable[Path]) -> dict[str, Any]:
 
     tensors: dict[str, Any] = {}
     for path in files:
+        if pointer := lfs_pointer(path):
+            raise CheckpointError(f"model {name!r}: {path.name}: {pointer}")
         try:
             if path.suffix == ".safetensors":
                 with safe_open(path, "pt") as reader:

@@ -19,6 +19,7 @@ from typing import Any, Final
 from .checkpoint import meta_model, without_quantization
 from .errors import BackendNotInstalledError, CheckpointError, DamagedStoreError
 from .gguf_tokenizer import convert_tokenizer
+from .lfs import lfs_pointer
 from .store import cache_folder, digest_file, digest_json
 from .store.files import make_folder
 from .store.sealed import RECORD, check_record, read_sealed, write_record
@@ -155,6 +156,10 @@ def _read(path: Path) -> _File:
         from gguf import GGUFReader
     except ImportError as error:
         raise BackendNotInstalledError(f"{path.name}: GGUF files need gguf: pip install 'kava[gguf]'") from error
+    if pointer := lfs_pointer(path):
+        raise CheckpointError(f"GGUF file {path.name}: {pointer}")
+    if path.suffix in (".safetensors", ".bin", ".json"):
+        raise CheckpointError(f"model {path}: this is one file of a model. Name its folder, {path.parent}")
     try:
         reader = GGUFReader(path)
         metadata = {key: field.contents() for key, field in reader.fields.items()}
@@ -172,6 +177,11 @@ def _config(path: Path, file: _File) -> Any:
     """The config that transformers makes of the file, with what it dropped."""
     from transformers import AutoConfig
 
+    if file.architecture == "clip":
+        raise CheckpointError(
+            f"GGUF file {file.name}: it holds the image encoder of a model (an mmproj file), not its language model. "
+            "Name the model's other file"
+        )
     for key in file.metadata:
         if key.startswith(("split.", "adapter.")) and not (key == "split.count" and file.metadata[key] < 2):
             raise file.refuse(key, "this is one part of a model; kava reads a model from one file")

@@ -50,6 +50,8 @@ __all__ = [
     "weights_digest",
 ]
 
+_SAMPLING: Final = (*("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),)
+"""Parameters of a generation config that count only if it samples."""
 _WEIGHTS: Final = ("*.safetensors", "*.gguf", "*.bin")
 
 
@@ -76,6 +78,8 @@ def load_config(source: ModelSource) -> Any:
             return AutoConfig.from_pretrained(converted(source.gguf_path))
         config = AutoConfig.from_pretrained(source.location, **source.options)
     refuse_unknown_rope(f"model {source.name!r}", config)
+    if getattr(config, "head_dim", 0) is None:  # Some models compute with it as it is.
+        config.head_dim = config.hidden_size // config.num_attention_heads
     return config
 
 
@@ -131,10 +135,8 @@ def load_model(source: ModelSource, *, dtype: str, device: str = "auto") -> Any:
     config = load_config(source)
     layout = attention_layout(config)
     place = torch_device(device)
-    options = dict(source.options)
-    if source.gguf_file:
-        options["config"] = deepcopy(config)
-    else:
+    options = {**source.options, "config": deepcopy(config)}
+    if not source.gguf_file:
         options["key_mapping"] = check_weights(source)
     if layout.attn_implementation:
         options["attn_implementation"] = layout.attn_implementation
@@ -152,7 +154,20 @@ def load_model(source: ModelSource, *, dtype: str, device: str = "auto") -> Any:
         model._weight_conversions = [
             c for c in model._weight_conversions if not {*c.source_patterns} & {*options["key_mapping"]}
         ]
+    _drop_unused_sampling(model)
     return _densified(model).to(place).eval()
+
+
+def _drop_unused_sampling(model: Any) -> None:
+    """Drop the sampling parameters of a model whose generation config says that it does not sample.
+
+    Llama 2 and its descendants have such a file; transformers reads it and refuses to save it with the model.
+    """
+    settings = getattr(model, "generation_config", None)
+    if settings is not None and settings.do_sample is not True:
+        for name in _SAMPLING:
+            if getattr(settings, name, None) is not None:
+                setattr(settings, name, None)
 
 
 @cache

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
 from .errors import CheckpointError, ModelNotFoundError
 from .gguf import converted
+from .lfs import lfs_pointer
 from .notices import notice
 from .sources import ModelSource, check_source, loading, model_file
 from .store import digest_json
@@ -30,6 +33,8 @@ _TOKENIZERS: Final = (
 """Files of which a folder with a tokenizer has at least one."""
 _RENDERING_VERSION: Final = 2
 """Changes whenever the same template gives other tokens or segments than before."""
+_UNKNOWN_PART: Final = re.compile(r"untagged enum|unknown variant")
+"""In what tokenizers says of a file of a newer version."""
 _PROBES: Final = (
     "Natalia sold 48/2 = 24 clips in May; it's $12.50.\n\n  Two  spaces,\ta tab. DON'T\u2019S",
     " Él compró 3 cafés; 東京 naïve cafe\u0301 \U0001f469\u200d\U0001f469\u200d\U0001f467 über 99\u00a0%.\r\n",
@@ -53,12 +58,12 @@ def load_tokenizer(source: ModelSource) -> Any:
     if source.is_local and not source.gguf_file:
         _refuse_without_tokenizer(source)
     with loading(source):
+        original = tokenizer_file(source)
         if source.gguf_file:
             return PreTrainedTokenizerFast.from_pretrained(converted(source.gguf_path))
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.options)
     if not tokenizer.is_fast:
         raise ModelNotFoundError(f"model {source.name!r} has no fast tokenizer; kava needs one for byte spans")
-    original = tokenizer_file(source)
     if original is None or _same_ids(tokenizer, original):
         return tokenizer
     with loading(source):
@@ -86,10 +91,21 @@ def tokenizer_file(source: ModelSource) -> Any | None:
     path = None if source.gguf_file else model_file(source, "tokenizer.json")
     if path is None:
         return None
+    if pointer := lfs_pointer(path):
+        raise CheckpointError(f"model {source.name!r}: tokenizer.json: {pointer}")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # It has no class of its own.
+        if _UNKNOWN_PART.search(str(error)):
+            raise CheckpointError(
+                f"model {source.name!r}: tokenizer.json holds a part that tokenizers {metadata.version('tokenizers')} "
+                f"does not know ({error}). Upgrade tokenizers and transformers, or copy the file again"
+            ) from error
         raise CheckpointError(f"model {source.name!r}: tokenizer.json is damaged: {error}. Copy it again") from error
+    # Saved with a training's settings, it would cut and pad every text; transformers drops them as well.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _same_ids(tokenizer: Any, original: Any) -> bool:
@@ -104,6 +120,8 @@ def _same_ids(tokenizer: Any, original: Any) -> bool:
 def _refuse_without_tokenizer(source: ModelSource) -> None:
     folder = Path(source.location)
     if not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
+        if ggufs := sorted(folder.glob("*.gguf")):
+            raise ModelNotFoundError(f"model {source.name!r}: the folder holds GGUF files. Name one, as in {ggufs[0]}")
         raise ModelNotFoundError(
             f"model {source.name!r}: there is no tokenizer in {folder}. Copy tokenizer.json and tokenizer_config.json "
             "there"
