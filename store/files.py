@@ -159,7 +159,7 @@ def remove(path: Path) -> None:
 
 def fsync(path: Path) -> None:
     """Flushes a file or a directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # A pipe must not block.
     try:
         os.fsync(descriptor)
     finally:
@@ -169,8 +169,13 @@ def fsync(path: Path) -> None:
 def fsync_tree(root: Path) -> None:
     """Flushes every file and directory below `root`, and `root` itself; on threads, as a disk flushes many at once."""
     with ThreadPoolExecutor(_FLUSHES, "kava-fsync") as pool:
-        for _ in pool.map(fsync, [root, *root.rglob("*")]):
+        for _ in pool.map(fsync, [root, *(path for path in root.rglob("*") if _is_flushed(path))]):
             pass
+
+
+def _is_flushed(path: Path) -> bool:
+    """Return whether a path is a file or a folder, no link and no special file."""
+    return not path.is_symlink() and (path.is_file() or path.is_dir())
 
 
 def make_folder(path: Path) -> None:

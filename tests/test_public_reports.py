@@ -37,7 +37,7 @@ POINTER = (
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("whole"), "llama", sentencepiece_tokenizer(), layers=2)
+    return Path(save_model(tmp_path_factory.mktemp("whole"), "llama", sentencepiece_tokenizer(), layers=2))
 
 
 def _copy(whole: Path, folder: Path, name: str = "", change: Callable[[dict[str, Any]], Any] = lambda _: None) -> Path:
@@ -87,7 +87,7 @@ def test_a_turn_of_weight_0_is_context(tmp_path: Path, sharegpt: bool) -> None:
     https://github.com/axolotl-ai-cloud/axolotl/pull/1703
     """
     wrong = {"role": "assistant", "content": "Five.", "weight": 0}
-    messages = [USER, wrong, {"role": "user", "content": "Sure?"}, {**ASSISTANT, "weight": 1}]
+    messages: list[dict[str, Any]] = [USER, wrong, {"role": "user", "content": "Sure?"}, {**ASSISTANT, "weight": 1}]
     row: dict[str, Any] = {"messages": messages}
     if sharegpt:
         row = {"conversations": [{"from": m["role"], "value": m["content"], **_weight(m)} for m in messages]}
