@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from .manifest import Manifest
+from .sample import Split
 from .shard import PagedArray, PageTable
 
 INDEX_FILE: Final = "index.safetensors"
@@ -127,17 +128,22 @@ class PartIndex:
         return index
 
     def _check(self, page_tokens: int) -> None:
-        """Raise ValueError for samples that reach beyond the part, and for ids that are no text."""
-        starts, lengths, _, id_stops = self.samples.T
+        """Raise ValueError for samples that reach beyond the part, unknown splits, and ids that are no text."""
+        starts, lengths, splits, id_stops = self.samples.T
         if len(starts):
             rows = self.num_pages * page_tokens
             if self.samples.min() < 0 or (starts % page_tokens).any() or lengths.max() > rows:
                 raise ValueError("samples: numbers that cannot be")
             if starts.max() > rows or (starts + lengths).max() > rows:
                 raise ValueError("samples: rows outside the part")
+        if len(splits) and splits.max() > max(Split):
+            raise ValueError("samples: a split that is not known")
         if (id_stops[1:] < id_stops[:-1]).any() or (id_stops[-1] if len(id_stops) else 0) != len(self.ids_utf8):
             raise ValueError("sample_id: ends that do not fit the text")
         self.ids_utf8.tobytes().decode()
+        # A UTF-8 byte 10xxxxxx continues a character, so no id begins with one.
+        if (self.ids_utf8[id_stops[id_stops < len(self.ids_utf8)]] & 0xC0 == 0x80).any():
+            raise ValueError("sample_id: an id that ends within a character")
 
 
 def sample_table(
