@@ -7,6 +7,7 @@ when all are there, the corpus and the record that seals both are written.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ from ..errors import CorpusError, DamagedStoreError, StoreNotFoundError
 from ..extract.generate import GenerateSettings, Question, prompt_ids, question_of, row_of
 from ..hub import load_tokenizer
 from ..progress import progress
-from ..store import Lock, claimed
+from ..store import Lock, claimed, locked
 from ..store.files import disk_errors, make_folder, read_small, write_atomic
 from ..store.hashing import hash_bytes
 from ..store.safe_json import LOG_BYTES, parse_json
@@ -72,6 +73,8 @@ class GenerateStage(Stage):
             "teacher": run.teacher_identity(name).model_dump(mode="json"),
             "prompts": run.prompts.digest,
         }
+        if self._was_exchanged():
+            return _summary(read_record(self.output))
         self.begin()
         questions = [question_of(r) for r in run.prompts.records]
         chunks = [range(n, min(n + settings.chunk, len(questions))) for n in range(0, len(questions), settings.chunk)]
@@ -81,22 +84,38 @@ class GenerateStage(Stage):
             try:
                 self._ask(name, questions, missing, settings, record)
             except StoreNotFoundError:
-                if self.beside is None or read_record(self.output).get("key") != run.generate_key:
+                if not self._was_exchanged():
                     raise
-                self.beside = None  # Another process wrote the last answers and put all in the place of the old ones.
                 return _summary(read_record(self.output))
             rows = self._written()
         if len(rows) < len(questions):
+            if self._was_exchanged():
+                return _summary(read_record(self.output))
             return f"{len(rows)} of {len(questions)} prompts answered; the others are not among {self.share}"
         record["backend"] = next(iter(rows.values()))["written_by"]
         kept = [rows[q.sample_id] for q in questions if settings.keep == "all" or rows[q.sample_id]["matches"]]
         if not kept:
             raise CorpusError(f"none of {len(rows)} answers matches; look at {self._answers}, or set keep: all")
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-        write_atomic(self.building / "corpus.jsonl", lines.encode())
         record |= {"kept": len(kept), "asked": len(rows), "matching": sum(row["matches"] for row in rows.values())}
-        write_record(self.building, record)
+        # Processes that waited for the last answers come here all at once, and the first one may exchange the folder.
+        with locked(self.output.with_name(f".{self.output.name}.finish.lock")):
+            with suppress(DamagedStoreError):
+                if self.inspect().state == "complete":
+                    return _summary(record)
+            if not self._was_exchanged():
+                lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+                write_atomic(self.building / "corpus.jsonl", lines.encode())
+                write_record(self.building, record)
         return _summary(record)
+
+    def _was_exchanged(self) -> bool:
+        """Whether another process completed the rebuild and put it in the place of the old output."""
+        if self.beside is None or self.building.is_dir():
+            return False
+        if read_record(self.output).get("key") != self.run.generate_key:
+            return False
+        self.beside = None
+        return True
 
     def begin(self) -> None:
         """Create the folder of the answers, so that another process that joins does not take it for complete."""

@@ -230,6 +230,9 @@ def _exchange_if_complete(stage: Stage, line: str) -> str:
     if stage.beside is None:
         return line
     status = stage.status()
+    if not os.path.lexists(stage.building) and replace(stage, beside=None).status().state == "complete":
+        stage.beside = None  # Another process made the last part, and exchanged the two.
+        return stage.summary(line)
     if status.state != "complete":
         return f"{line}; the old output stays in its place until all is made again"
     stage.exchange()

@@ -8,7 +8,7 @@ from ..store import Split
 from .maps.layers import layer_map
 from .run import Run
 from .segments import refuse_empty_segments
-from .template_checks import refuse_templates, student_tokenizer_source
+from .template_checks import refuse_templates
 from .tokenizer_checks import check_student_tokenizer, check_teacher_tokenizer
 
 
@@ -49,8 +49,10 @@ def refuse_misfits(run: Run, name: str) -> None:
 
 
 def _refuse_other_tokens(run: Run, name: str) -> None:
-    student, source = run.recipe.student, student_tokenizer_source(run)
-    teacher = run.teacher(name)
+    from ..train.student import tokenizer_source
+
+    student, teacher = run.recipe.student, run.teacher(name)
+    source = tokenizer_source(student)
     mine = token_digests(source, chat_template=student.chat_template, date=student.chat_template_date)
     theirs = token_digests(
         run.teacher_source(name), chat_template=teacher.chat_template, date=teacher.chat_template_date

@@ -171,7 +171,7 @@ def _recorded(folder: Path) -> dict[str, Any]:
 
 
 def _sealed(folder: Path) -> dict[str, Any]:
-    return {path.relative_to(folder).as_posix(): seal(path) for path in visible_files(folder)}
+    return {path.relative_to(folder).as_posix(): seal(path) for path in visible_files(folder) if path.is_file()}
 
 
 def _differing(before: dict[str, Any], after: dict[str, Any]) -> str:

@@ -127,7 +127,7 @@ class StoreStage(Stage):
 
     def rewriting(self, store: KVStore) -> AbstractContextManager[None]:
         """Hide this process's outdated parts while they are written again; see `replacing_outdated`."""
-        return replacing_outdated(store, lambda: set(self.outdated(store)) & set(self.mine(store.manifest)))
+        return replacing_outdated(store, lambda: self.outdated(store), self.mine(store.manifest))
 
     def begin(self) -> None:
         """Create the store, so that another process that joins does not take the rebuild for complete."""

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from ..errors import CorpusError, ModelNotFoundError, RecipeError
 from ..extract.chat import ChatTemplate
-from ..hub import ModelSource, find_model, load_tokenizer
+from ..hub import ModelSource, load_tokenizer
 from ..train.settings import ByteLevelBPE
 from .run import Run
 
@@ -59,6 +59,8 @@ def check_student_template(run: Run) -> None:
         RecipeError: if it prints today's date and none is set, or the tokenizer is one that is trained here.
         ModelNotFoundError: if its tokenizer cannot be loaded.
     """
+    from ..train.student import tokenizer_source
+
     student = run.recipe.student
     if not student.chat_template:
         return
@@ -67,7 +69,7 @@ def check_student_template(run: Run) -> None:
             "student.chat_template: a tokenizer that is trained on the corpus has no chat template. Set "
             "student.chat_template: false, or name a tokenizer that has one"
         )
-    _check_template("student", student_tokenizer_source(run), student.chat_template_date)
+    _check_template("student", tokenizer_source(student), student.chat_template_date)
 
 
 def _check_template(key: str, source: ModelSource, date: datetime.date | None) -> None:
@@ -75,15 +77,3 @@ def _check_template(key: str, source: ModelSource, date: datetime.date | None) -
         ChatTemplate(load_tokenizer(source), date).check()
     except (CorpusError, RecipeError) as error:
         raise type(error)(f"{key}: {error}") from None
-
-
-def student_tokenizer_source(run: Run) -> ModelSource:
-    """Return where the student's tokenizer is.
-
-    Raises:
-        ModelNotFoundError: if it is a local name that does not exist.
-    """
-    student = run.recipe.student
-    if isinstance(student.tokenizer, str):
-        return find_model(student.tokenizer, trust_remote_code=student.trust_remote_code)
-    return find_model(str(student.model), revision=student.revision, trust_remote_code=student.trust_remote_code)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from ..errors import ModelNotFoundError
 from ..extract import Corpus, Encoder
 from ..extract.tokenizer_check import check_tokenizer
-from ..hub import find_model, load_config, load_tokenizer, tokenizer_file
+from ..hub import load_config, load_tokenizer, tokenizer_file
+from ..train.settings import ByteLevelBPE
 from .run import Run
 
 
@@ -26,18 +27,16 @@ def check_student_tokenizer(run: Run) -> None:
     Raises:
         CheckpointError: if it loses text, or gives ids that the student cannot read.
     """
-    from ..train.student import model_source, student_config
+    from ..train.student import model_source, student_config, tokenizer_source
 
     settings = run.recipe.student
     try:
         if run.has_student:
             source = run.student_source
-        elif isinstance(settings.tokenizer, str):
-            source = find_model(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
-        elif settings.model is not None:
-            source = model_source(settings)
-        else:
+        elif isinstance(settings.tokenizer, ByteLevelBPE):
             return
+        else:
+            source = tokenizer_source(settings)
         tokenizer = load_tokenizer(source)
         if run.has_student:
             config = load_config(source)

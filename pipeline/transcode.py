@@ -136,7 +136,7 @@ def _transcode(
         done = set(made.committed_parts()) & set(there)
         return [part for part in sorted(done) if not work.holds(made.part(part), source.part(part))]
 
-    with replacing_outdated(made, outdated):
+    with replacing_outdated(made, outdated, there):
         done = set(made.committed_parts()) & set(there)
         for part in sorted(done):
             on_part(part)

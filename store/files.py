@@ -9,7 +9,7 @@ import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +17,8 @@ from ..errors import DamagedStoreError, KavaError, RetryLaterError, StoreError
 from .hashing import hash_file
 
 _FLUSHES: Final = 8
+_REMOVALS: Final = 1000
+"""Attempts at removing a folder; each ends at a file that another process removed first."""
 _RETRY: Final = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE}
 
 
@@ -150,11 +152,19 @@ def write_protect(root: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a folder with all that is in it, or a file, or a link and not what it leads to; or nothing."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    """Removes a folder with all that is in it, or a file, or a link and not what it leads to; or nothing.
+
+    Several processes may remove the same folder at once.
+    """
+    for attempt in range(_REMOVALS):
+        if not path.is_dir() or path.is_symlink():
+            path.unlink(missing_ok=True)
+            return
+        try:
+            shutil.rmtree(path)
+        except FileNotFoundError:  # Another process was faster with a file in it.
+            if attempt == _REMOVALS - 1:
+                raise
 
 
 def fsync(path: Path) -> None:
@@ -166,10 +176,20 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def fsync_tree(root: Path) -> None:
-    """Flushes every file and directory below `root`, and `root` itself; on threads, as a disk flushes many at once."""
+def fsync_tree(root: Path, *, shared: bool = False) -> None:
+    """Flushes every file and directory below `root`, and `root` itself; on threads, as a disk flushes many at once.
+
+    Args:
+        root: the folder.
+        shared: whether other processes write below it: their locks and temporary files may disappear meanwhile.
+    """
+
+    def flush(path: Path) -> None:
+        with suppress(FileNotFoundError) if shared else nullcontext():
+            fsync(path)
+
     with ThreadPoolExecutor(_FLUSHES, "kava-fsync") as pool:
-        for _ in pool.map(fsync, [root, *(path for path in root.rglob("*") if _is_flushed(path))]):
+        for _ in pool.map(flush, [root, *(path for path in root.rglob("*") if _is_flushed(path))]):
             pass
 
 

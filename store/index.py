@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from .manifest import Manifest
+from .sample import Split
 from .shard import PagedArray, PageTable
 
 INDEX_FILE: Final = "index.safetensors"
@@ -116,8 +117,10 @@ class PartIndex:
         if len({len(table.nbytes) for table in tables.values()}) > 1:
             raise ValueError("arrays have different numbers of pages")
         index = cls(samples, ids, sums, tables, extras)
-        if num_samples and (samples.min() < 0 or index.lengths.max() > index.num_pages * manifest.page_tokens):
-            raise ValueError("samples: numbers that cannot be")
+        if num_samples:
+            _, lengths, splits, _ = samples.max(axis=0).tolist()
+            if samples.min() < 0 or lengths > index.num_pages * manifest.page_tokens or splits > max(Split):
+                raise ValueError("samples: numbers that cannot be")
         return index
 
     def check(self, page_tokens: int) -> None:
@@ -129,6 +132,9 @@ class PartIndex:
         if (id_stops[1:] < id_stops[:-1]).any() or (id_stops[-1] if len(id_stops) else 0) != len(self.ids_utf8):
             raise ValueError("sample_id: ends that do not fit the text")
         self.ids_utf8.tobytes().decode()
+        # A UTF-8 byte 10xxxxxx continues a character, so no id begins with one.
+        if (self.ids_utf8[id_stops[id_stops < len(self.ids_utf8)]] & 0xC0 == 0x80).any():
+            raise ValueError("sample_id: an id that ends within a character")
 
 
 def sample_table(

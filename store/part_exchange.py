@@ -86,20 +86,24 @@ def scratch_store(store: KVStore, parts: Collection[int]) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_outdated(store: KVStore, outdated: Callable[[], Collection[int]]) -> Iterator[None]:
+def replacing_outdated(
+    store: KVStore, outdated: Callable[[], Collection[int]], parts: Collection[int]
+) -> Iterator[None]:
     """Hide outdated parts, which are to be written again inside; put back those that were not.
 
     Args:
         store: the store.
-        outdated: returns the numbers of the parts; called while no other process hides any.
+        outdated: returns the numbers of all outdated parts; called while no other process hides any.
+        parts: the parts that this process writes. Those that other processes have hidden are left to them: put back
+            before its turn came, a part would be taken for one that is written again.
     """
-    with locked(store.path / "parts" / ".outdated.lock"):
-        for index in outdated():
-            _hide(store, index)
     try:
+        with locked(store.path / "parts" / ".outdated.lock"):
+            for index in sorted(set(outdated()) & set(parts)):
+                _hide(store, index)
         yield
     finally:
-        _restore(store)
+        _restore(store, parts)
         store.remove_set_aside()
 
 
@@ -111,9 +115,9 @@ def _hide(store: KVStore, index: int) -> None:
         (store.path / "parts" / part_name(index)).rename(hidden)
 
 
-def _restore(store: KVStore) -> None:
-    """Put hidden parts back that were not written again and that no process is writing."""
-    for index in set(store.parts_named(OUTDATED)) - set(store.committed_parts()):
+def _restore(store: KVStore, parts: Collection[int]) -> None:
+    """Put those hidden parts back that were not written again and that no process is writing."""
+    for index in set(store.parts_named(OUTDATED)) & set(parts) - set(store.committed_parts()):
         claim = store.claim(index)
         if claim is None:
             continue

@@ -72,8 +72,12 @@ class PartWriter:
         self._coverage: np.ndarray[Any, Any] | None = None
         self._arrays_begun = False
         self._held = hold(self._folder)
-        with disk_errors(root):
-            self._folder.mkdir(parents=True)
+        try:
+            with disk_errors(root):
+                self._folder.mkdir(parents=True)
+        except BaseException:
+            self.abort()
+            raise
 
     def __enter__(self) -> PartWriter:
         return self

@@ -78,14 +78,15 @@ def unsealed(record: Any, path: Path) -> dict[str, Any]:
 def settle(root: Path) -> None:
     """Give every file below `root` the mode that the umask leaves, and flush files and folders to the disk.
 
-    safetensors creates files with mode 0600 whatever the umask is.
+    safetensors creates files with mode 0600 whatever the umask is. Locks and temporary files of other processes may
+    disappear meanwhile.
     """
     mode = 0o666 & ~_umask()
     for path in root.rglob("*"):
-        if path.is_file() and not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) != mode:
-            with suppress(OSError):  # A file system without modes, or another user's file.
+        with suppress(OSError):  # A file system without modes, or another user's file.
+            if path.is_file() and not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) != mode:
                 path.chmod(mode)
-    fsync_tree(root)
+    fsync_tree(root, shared=True)
 
 
 def seal(path: Path) -> list[Any]:

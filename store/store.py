@@ -6,7 +6,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -335,8 +334,7 @@ class KVStore(Sequence[KVSample]):
         with disk_errors(self.path):
             for prefix in (_ASIDE, OUTDATED):
                 for index in set(self.parts_named(prefix)) & set(self.committed_parts()):
-                    with suppress(FileNotFoundError):  # Another process that opens the store may be at it.
-                        remove(self.path / "parts" / f"{prefix}{part_name(index)}")
+                    remove(self.path / "parts" / f"{prefix}{part_name(index)}")
 
     def indices(self, split: Split | None = None) -> list[int]:
         """Return the samples that are written and did not fail, of one split or of all."""

@@ -42,15 +42,15 @@ class JsonLog(TrainerCallback):  # type: ignore[misc]
         """Drops what was written after `step` finished steps, which will be written again, and a torn last line."""
         if not os.path.lexists(self.path):
             return
-        kept = b""
+        kept = []
         for line in read_small(self.path, LOG_BYTES).splitlines(keepends=True):
             try:
                 found = parse_json(line, self.path)
             except ValueError:
                 continue
             if isinstance(found, dict) and isinstance(found.get("step"), int) and found["step"] <= step:
-                kept += line
-        self.path.write_bytes(kept)
+                kept.append(line)
+        self.path.write_bytes(b"".join(kept))
 
     def _write(self, line: dict[str, Any]) -> None:
         with self.path.open("a") as file:

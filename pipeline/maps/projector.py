@@ -107,7 +107,8 @@ class Projector:
             raise StageError(f"projector {path} is missing: {error}. Fit it again with --force project") from None
         try:
             length = int.from_bytes(data[:8], "little")
-            header = parse_json(json.loads(data[8 : 8 + length])["__metadata__"]["kava_projector"].encode(), path)
+            metadata = parse_json(data[8 : 8 + length], path)["__metadata__"]
+            header = parse_json(metadata["kava_projector"].encode(), path)
             tensors = load(data)
             source, target = (KVGeometry(**header[side]) for side in ("source", "target"))
             parts = {
@@ -115,7 +116,7 @@ class Projector:
                 for kind in ("weight", "bias")
             }
             _check_shapes(header, source, target, parts)
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise StageError(f"{path} is not a projector: {error}. Fit it again with --force project") from None
         return cls(source, target, header["layers"], parts["weight"], parts["bias"], header["card"])
 
