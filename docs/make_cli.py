@@ -90,7 +90,7 @@ EXAMPLES = {
 
 NOTES = {
     "run": "A stage that is up to date is skipped. A stale capture or training is not replaced without `--force`.",
-    "extract": "Goes on at the first missing part. `--retry-failed` first captures the parts with failed samples again;"
+    "extract": "Resumes at the first missing part. `--retry-failed` first captures the parts with failed samples again;"
     "\neach old part stays until its new one is complete.",
     "resample": "Optional: `kava project` resamples and projects in one pass. The resampled store is for looking at.",
     "project": "Makes the student and its reference first where they are missing; saves the projector too.\n\n"
@@ -125,23 +125,24 @@ NOTES = {
     "no network; it can be sent, printed, and read on a phone. What is not there yet is left out, with the command\n"
     "that makes it.",
     "inspect": "Finds the run's recipe beside the store to show tokens and text.",
-    "verify": "Of a store it names part, array, chunk and sample. Of a recipe it checks all of the run: its stores,\n"
-    "and the generated corpus, the student, projectors, the fusion, trained students, their checkpoints\n"
-    "and trainings of a comparison, each file against the size and hash in its record. It reads every\n"
-    "byte, and needs neither the teachers nor the corpus. `evaluate.json`, `answers.jsonl`,\n"
-    "`compare.json`, reports and what trackers write decide nothing and are not sealed. `kava status`\n"
-    "compares sizes alone of files above 64 MiB. Exit code 1 if anything is damaged.",
-    "repair": "Verifies every output of the recipe that exists. Damaged parts are set aside and made again:\n"
-    "captures by the teacher, derived parts from their parents; a derived part whose parent has other\n"
-    "bits now follows. A store that is as it was written is left alone, and so are parts that were never\n"
-    "written. An interrupted repair resumes with the same command.\n\n"
-    "The student, a projector and a generated corpus are made again too; the student and a projector are\n"
-    "put in place only if they have the recorded bits, as other ones would make everything derived from\n"
-    "them stale. A fusion is measured again. A trained student is only named: training alone makes it\n"
-    "again (`kava train --force`). A damaged checkpoint is not used, training resumes from the one\n"
-    "before. Afterwards it removes what killed processes left beside the outputs, once nobody holds its\n"
-    "lock: also what a host with another name left, such as a container. On read-only media it only\n"
-    "checks. Exit code 1 if something remains damaged.",
+    "verify": "For a store, names the damaged part, array, chunk and sample. For a recipe, checks the whole run: its\n"
+    "stores, and the generated corpus, the student, projectors, the fusion, trained students, their\n"
+    "checkpoints and the trainings of a comparison, each file against the size and hash in its record.\n\n"
+    "Every byte is read; neither the teachers nor the corpus are needed. Results (`evaluate.json`,\n"
+    "`answers.jsonl`, `compare.json`), reports and files of trackers are not sealed. `kava status` is quicker: it\n"
+    "does not read stores, and compares only the size of other files above 64 MiB. Exit code 1 if anything\n"
+    "is damaged.",
+    "repair": "Verifies every output of the recipe that exists. Damaged parts are set aside and rebuilt: captures by\n"
+    "the teacher, derived parts from their parents. A derived part is rebuilt too if its parent now has\n"
+    "other bits. Intact stores and missing parts are left alone. An interrupted repair resumes with the\n"
+    "same command.\n\n"
+    "The student, projectors and the generated corpus are rebuilt too. A student or projector is put in\n"
+    "place only if it has the recorded bits: another one would make everything derived from it stale. A\n"
+    "fusion is measured again. A trained student is only reported, as only training can rebuild it\n"
+    "(`kava train --force`). A damaged checkpoint is not used: training resumes from the one before.\n\n"
+    "Afterwards, files that killed processes left beside the outputs are removed once nobody holds their\n"
+    "lock, also those of a host with another name, such as a container. On read-only media the command\n"
+    "only checks. Exit code 1 if something remains damaged.",
     "transcode": "From one lossless codec to the other the content is the same, and `OUT` can take the place of "
     "`STORE`: what was made from it stays up to date, if the recipe's `codec` says the new one. A lossy codec or "
     "another dtype makes other content. Checksums are checked as chunks are read. [The format](../store-format.md) has "
