@@ -40,7 +40,7 @@ from ..train.settings import ByteLevelBPE, StudentSettings, TrainSettings
 from .fuse.rules import RULES, Weighting
 from .maps.heads import HEAD_MAPS, RIDGE
 from .maps.resample import RESAMPLERS
-from .recipe_file import expand_paths, read_yaml, refuse_values, set_key
+from .recipe_file import expand_paths, read_yaml, refuse_urls, refuse_values, set_key, without_secrets
 from .select.rules import SELECTORS, Selector
 
 DTypeName = Literal["bfloat16", "float16", "float32"]
@@ -347,8 +347,9 @@ class Recipe(_Section):
         return sorted(set(self.teachers if named is None else named))
 
     def save(self, path: Path) -> None:
-        """Write the recipe with every default filled in; a file that holds just that is left alone."""
-        data = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True).encode()
+        """Write the recipe with every default and without secrets; a file that holds just that is left alone."""
+        sections = without_secrets(self.model_dump(mode="json"))
+        data = yaml.safe_dump(sections, sort_keys=False, allow_unicode=True).encode()
         with suppress(OSError):
             if path.read_bytes() == data:
                 return
@@ -394,6 +395,7 @@ def check_recipe(path: Path, raw: dict[str, Any]) -> Recipe:
     try:
         refuse_values(raw)
         expand_paths(raw)
+        refuse_urls(raw)
     except RecipeError as error:
         raise RecipeError(f"recipe {path}: {error}") from None
     try:

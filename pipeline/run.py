@@ -209,7 +209,11 @@ class Run(Places):
     @property
     def has_student(self) -> bool:
         """Whether the untrained student is made, with the settings that the recipe has now."""
-        return bool(read_record(self.student_dir).get("key") == self.student_key)
+        key = read_record(self.student_dir).get("key")
+        try:
+            return key is not None and bool(key == self.student_key)
+        except StageError:  # Its tokenizer is trained on a corpus that is still to be written.
+            return False
 
     @property
     def student_source(self) -> ModelSource:

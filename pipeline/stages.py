@@ -61,7 +61,7 @@ class StudentStage(Stage):
         from ..train.student import make_student
 
         check_student_template(self.run)
-        check_student_tokenizer(self.run)
+        check_student_tokenizer(self.run, self.run.corpus)
         texts = (self.run.corpus.records[i].text for i in self.run.corpus.split(Split.TRAIN))
         make_student(self.run.recipe.student, self.output, texts)
         self._stop_at_the_end_of_a_turn()

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from typing import Final, Literal
 
 _printed: Final[set[str]] = set()
+_held: Final[list[str]] = []
+_holding: Final[list[bool]] = []
 
 
 def notice(message: str, *, kind: Literal["note", "warning"] = "note") -> None:
@@ -23,8 +25,34 @@ def notice(message: str, *, kind: Literal["note", "warning"] = "note") -> None:
     if line in _printed:
         return
     _printed.add(line)
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if _holding:
+        _held.append(line)
+    else:
         print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def notices_held() -> Iterator[None]:
+    """Hold notices back until the block has ended.
+
+    After an error they are held until `print_held`, so that whoever reports the error prints the reason first.
+    """
+    _holding.append(True)
+    try:
+        yield
+    finally:
+        _holding.pop()
+    if not _holding:
+        print_held()
+
+
+def print_held() -> None:
+    """Print the notices that an error has left behind."""
+    for line in _held:
+        print(line, file=sys.stderr, flush=True)
+    _held.clear()
 
 
 @contextmanager
