@@ -161,6 +161,20 @@ def refuse_urls(recipe: dict[str, Any]) -> None:
                 raise RecipeError(str(error)) from None
 
 
+def share_templates(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe whose chat template settings are those of every model that has none of its own."""
+    shared = {k: recipe[k] for k in ("chat_template", "chat_template_date") if recipe.get(k) is not None}
+
+    def filled(model: Any) -> Any:
+        return {**shared, **model} if isinstance(model, dict) else model
+
+    teachers = recipe.get("teachers")
+    if isinstance(teachers, dict):
+        teachers = {name: filled(teacher) for name, teacher in teachers.items()}
+    sections = {"teachers": teachers, "student": filled(recipe.get("student"))}
+    return recipe | {key: section for key, section in sections.items() if key in recipe}
+
+
 def without_secrets(section: Any) -> Any:
     """Return sections of a recipe without tokens, keys and passwords, which libraries' arguments may hold."""
     if isinstance(section, dict):

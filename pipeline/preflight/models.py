@@ -39,6 +39,9 @@ def _teacher_problems(scope: Scope, name: str) -> Iterator[str]:
     source = run.teacher_source(name)
     if source.is_local and not source.gguf_file:
         yield from scope.problems_of(lambda: check_weights(source))
+    most, wanted = int(load_config(source).vocab_size), run.recipe.extract.logits
+    if wanted is not None and wanted > most:
+        yield f"extract.logits: {wanted} is more than the {most} that the model has"
     yield from scope.problems_of(partial(check_teacher_template, run, name), reached=runs)
     if (corpus := scope.corpus) is not None:
         yield from scope.problems_of(lambda: check_teacher_tokenizer(run, name, corpus), reached=runs)

@@ -75,3 +75,17 @@ def transformers_log() -> Iterator[list[str]]:
     finally:
         logger.handlers, level, logger.propagate = before
         logger.setLevel(level)
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing progress bars meanwhile."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
