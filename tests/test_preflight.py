@@ -188,7 +188,12 @@ def test_a_broken_recipe_is_refused_before_any_work(
 
 def test_every_problem_is_listed_and_each_once(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
     names = ("train.teacher", "wandb", "argument", "train.layers", "project.layers", "corpus", "device")
-    recipe = _spoiled(tmp_path, tiny_models, lambda root, raw: [BROKEN[name][0](root, raw) for name in names] and None)
+
+    def spoil(root: Path, raw: dict[str, Any]) -> None:
+        for name in names:
+            BROKEN[name][0](root, raw)
+
+    recipe = _spoiled(tmp_path, tiny_models, spoil)
     listed = {}
     for command in ("plan", "run", "extract", "train"):
         code, _, lines = _run(*_words(command, recipe))
@@ -222,6 +227,19 @@ def test_half_precision_needs_a_device(tmp_path: Path, tiny_models: dict[str, Pa
     for option in ("fp16", "tf32"):
         printed = kava("plan", recipe, "-s", f"train.arguments.{option}=true", code=2)
         assert f"train.arguments.{option}: needs a GPU" in printed
+
+
+@pytest.mark.parametrize("variable", ["LOCAL_RANK", "PMI_SIZE"])
+def test_processes_of_a_launcher_do_not_wait_for_each_other(
+    tmp_path: Path, tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """Where several processes capture, accelerate would join them for a training: arguments are checked by name."""
+    monkeypatch.setenv(variable, "2")
+    recipe = write_recipe(tmp_path, tiny_models)
+    words = ("extract", recipe, "--rank", "0", "--world-size", "2", "-s")
+    assert "has no 'nonsense'" in kava(*words, "train.arguments.nonsense=1", code=2)
+    assert "extract big" in kava(*words, "train.arguments.adam_beta1=0.8")
+    assert not torch.distributed.is_initialized()
 
 
 def test_packages_that_only_some_recipes_need(

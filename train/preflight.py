@@ -19,6 +19,9 @@ from .settings import TrainSettings
 _OF_A_DEVICE: Final = ("fp16", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode")
 """Arguments that `TrainingArguments` refuses without a device, or applies to the whole process, captures included."""
 
+_LAUNCHED: Final = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Environment variables by which accelerate joins processes that a launcher has started."""
+
 
 def check_loss(geometry: KVGeometry, settings: TrainSettings) -> None:
     """Check the layers, weights and heads of the KV loss against the student's geometry.
@@ -55,8 +58,8 @@ def check_arguments(settings: TrainSettings, out: Path, *, has_heldout: bool) ->
         RecipeError: if transformers refuses one.
     """
     values = argument_values(settings, out, has_heldout=has_heldout)
-    if num_processes() > 1 or "LOCAL_RANK" in os.environ:
-        return  # Here `TrainingArguments` would wait for other processes.
+    if "LOCAL_RANK" in os.environ or any(os.environ.get(name, "1") != "1" for name in _LAUNCHED):
+        return  # Here `TrainingArguments` would wait for other processes, which may be capturing other parts.
     values = {name: value for name, value in values.items() if name not in _OF_A_DEVICE}
     built = build_arguments(values | {"use_cpu": True})
     if {"optim", "optim_args", "optim_target_modules"} & settings.arguments.keys():
