@@ -70,6 +70,7 @@ EXAMPLES = {
         "kava status workflows/demo.yaml --watch --every 10",
     ],
     "inspect": [
+        "kava inspect workflows/demo.yaml",
         "kava inspect runs/demo/targets/smollm2.zarr",
         "kava inspect runs/demo/teachers/smollm2.zarr --sample 3",
         "kava inspect runs/demo/targets/smollm2.zarr --align 3",
@@ -102,7 +103,8 @@ NOTES = {
     "select": "Reads the teacher stores; with `select.geometry: student` the student and its projector are made first.",
     "fuse": "The targets must be complete. With `fuse.materialize: false` no store is written: they are read through\n"
     "once, for their statistics, and training fuses while it reads.",
-    "plan": "Nothing of the run is made. Exit code 2 if it cannot fit. [What it is worked out from](../plan.md).",
+    "plan": "Nothing of the run is made. Exit code 2 if the recipe is broken or the run cannot fit: [checks and\n"
+    "estimates](../plan.md).",
     "status": "[The keys of `--json`](../cluster.md#kava-status).",
     "train": "Goes on at its last checkpoint where `train.save_steps` is set. The targets must be complete. On\n"
     "several devices: `torchrun --nproc-per-node 4 -m kava train RECIPE`.",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, PositiveInt
@@ -19,6 +19,12 @@ from ..store import BackgroundWriter, Derive, KVSample, KVStore, Lock, claimed
 from .corpus import Corpus, Record
 from .teacher import Captured, Teacher
 from .tokens import Encoder, Tokens
+
+REMEDY: Final = "shorten it, or set extract.too_long: skip"
+_COUNTED: Final = 512
+"""Records that are tokenised at a time to count their tokens."""
+_MOST_TOKENS: Final = 18
+"""Tokens of one byte of text at most: characters that Unicode normalisation (NFKC) makes of one."""
 
 
 class CaptureSettings(BaseModel):
@@ -48,6 +54,7 @@ def capture_store(
     derive: Derive | None = None,
     sources: dict[str, str] | None = None,
     on_text: Callable[[int], None] = lambda size: None,
+    limit: str = "",
 ) -> None:
     """Captures every part of `store` that is not written yet, and that no other process is capturing.
 
@@ -61,6 +68,7 @@ def capture_store(
         derive: makes each sample of `store` of a captured one; then `store` need not hold the teacher's geometry.
         sources: what each part records that it was made from.
         on_text: called with the bytes of text of each finished sample.
+        limit: name of what limits the length of a sample, for messages.
 
     Raises:
         CorpusError: for a sample longer than the teacher's context, if `settings.too_long` is `error`.
@@ -87,11 +95,9 @@ def capture_store(
                 record, length = corpus.records[indices[position]], len(tokens[position])
                 if length <= teacher.max_tokens and length > 0:
                     continue
-                reason = f"{length} tokens, the model reads at most {teacher.max_tokens}" if length else "no tokens"
+                reason = too_long(length, teacher.max_tokens, limit)
                 if settings.too_long == "error":
-                    raise CorpusError(
-                        f"sample {record.sample_id!r}: {reason}; shorten it, or set extract.too_long: skip"
-                    )
+                    raise CorpusError(f"sample {record.sample_id!r}: {reason}; {REMEDY}")
                 writer.fail(position, record.sample_id, record.split, reason)
                 del tokens[position]
             positions = list(tokens)
@@ -104,6 +110,50 @@ def capture_store(
                     writer.append(position, _sample(record, tokens[position], captured))
                 on_text(record.num_bytes)
             writer.commit(sources, written_by=teacher.backend)
+
+
+def refuse_long_samples(
+    corpus: Corpus,
+    indices: Sequence[int],
+    encoder: Encoder,
+    max_tokens: int,
+    limit: str,
+    *,
+    on_sample: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Refuse samples that a teacher cannot read, before the first of them is captured.
+
+    Args:
+        corpus: the records.
+        indices: of the samples that are to be captured.
+        encoder: the teacher's tokenizer.
+        max_tokens: tokens that the teacher reads at most.
+        limit: name of what limits them, for messages.
+        on_sample: called with the number of samples that were counted, as it goes on.
+
+    Raises:
+        CorpusError: naming the first sample, and how many there are.
+    """
+    first, count, sizes = "", 0, corpus.text_bytes
+    for start in range(0, len(indices), _COUNTED):
+        batch = indices[start : start + _COUNTED]
+        # Without a template a short text needs no count; an empty one may have no token.
+        unknown = [i for i in batch if encoder.chat_template or not 0 < _MOST_TOKENS * sizes[i] + 64 < max_tokens]
+        records = [corpus.records[i] for i in unknown]
+        for record, length in zip(records, encoder.count(records), strict=True):
+            if not 0 < length <= max_tokens:
+                first = first or f"sample {record.sample_id!r}: {too_long(length, max_tokens, limit)}"
+                count += 1
+        on_sample(len(batch))
+    if count:
+        several = f" ({count:,} of {len(indices):,} samples cannot be read)" if count > 1 else ""
+        raise CorpusError(f"{first}{several}; {REMEDY}")
+
+
+def too_long(length: int, max_tokens: int, limit: str) -> str:
+    """Return why a sample of this length cannot be read."""
+    name = f" ({limit})" if limit else ""
+    return f"{length} tokens, the model reads at most {max_tokens}{name}" if length else "no tokens"
 
 
 def _claim(store: KVStore, part: int, wait: bool) -> Lock | None:

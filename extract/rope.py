@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import AlignmentError, UnsupportedModelError
 from ..hub import meta_model
@@ -191,6 +191,10 @@ def rope_parameters(config: Any) -> list[dict[str, Any]]:
     """The rotary parameters of a config: one set, or one for each kind of layer."""
     stated = getattr(config, "rope_parameters", None) or {}
     return [value for value in stated.values() if isinstance(value, dict)] or [stated]
+
+
+MODEL_LIMIT: Final = "max_position_embeddings and rope scaling of its config"
+"""What limits a sequence to `max_positions`, for messages."""
 
 
 def max_positions(config: Any) -> int:

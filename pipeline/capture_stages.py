@@ -11,8 +11,9 @@ from ..store import KVStore, Manifest
 from ..store.files import link, remove
 from ..store.replace import next_path
 from .capturing import capture
+from .context import refuse_too_long
 from .describe import describe, refuse_without_samples
-from .misfits import refuse_misfits
+from .preflight.models import refuse_teacher
 from .run import Run
 from .segments import segment_warnings
 from .stage import Status
@@ -116,7 +117,8 @@ class ExtractStage(StoreStage):
 
     def make(self, scheduler: str | None) -> str:
         """Runs the teacher over the parts that are missing."""
-        refuse_misfits(self.run, self._teacher)
+        refuse_teacher(self.run, self._teacher)
+        refuse_too_long(self.run, self._teacher, self.run.corpus, self._uncaptured())
         shared = self.run.shared_path(self._teacher)
         if shared is not None and not self.building.is_dir():
             KVStore.create(shared, self.manifest())  # Before the link: one that leads nowhere is no store.
@@ -127,6 +129,17 @@ class ExtractStage(StoreStage):
                 capture(self, store, self.run.corpus, self.run.teacher_encoder(self._teacher), teacher)
         refuse_without_samples(store)
         return describe(self, store)
+
+    def _uncaptured(self) -> list[int]:
+        """Return the samples that this process still captures; with `extract.keep: target` also for its targets."""
+        manifest = self.manifest()
+        if self.run.recipe.extract.keep == "target":
+            self.share.check(manifest.num_parts, self.label)
+            parts, place = self.share.of(list(range(manifest.num_parts))), self.run.target_path(self._teacher)
+        else:
+            parts, place = self.mine(manifest), self.building
+        committed = set(KVStore.open(place).committed_parts()) if (place / "zarr.json").exists() else set()
+        return [index for part in parts if part not in committed for index in manifest.part_samples(part)]
 
 
 class ReferenceStage(StoreStage):

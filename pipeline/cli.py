@@ -9,30 +9,29 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ..errors import EXIT_FAULT, EXIT_RETRY, EXIT_USER, KavaError, RecipeError, StageError
+from ..errors import EXIT_FAULT, EXIT_RETRY, EXIT_USER, KavaError, RecipeError
 from ..terminal import escape_unprintable, file_name_fault
 from .cli_results import compare, evaluate, report
+from .cli_run import check_recipe, plan_run, report_projection, run_named, teachers_of, tell
 from .cli_status import plan, status
 from .cli_store import (
     OnlyTeacher,
     Overrides,
     RecipePath,
     Scheduler,
-    err,
+    inspect,
     load,
     out,
-    print_table,
     repair,
     say,
     transcode,
     verify,
 )
 from .cluster.options import OnlyFailed, Parts, Rank, WorldSize, share_of
-from .cluster.share import ALL, Share
 from .cluster.signals import Stopped, stopping_on_signals
 from .commands.choose import check_stage, choose_stages
 
@@ -55,8 +54,9 @@ def init(
     """Write a first recipe, with every section explained."""
     from importlib.resources import files
 
-    from ..store.files import write_atomic
+    from ..store.files import refuse_url, write_atomic
 
+    refuse_url(path)
     if path.exists() and not force:
         raise RecipeError(f"{path} is there already; give another name, or --force to overwrite it")
     write_atomic(path, files("kava.pipeline").joinpath("starter.yaml").read_bytes())
@@ -91,25 +91,16 @@ def run(
         if name not in chosen:
             raise RecipeError(f"--force {name}: that stage is not among those to run ({', '.join(chosen)})")
     if dry_run:
-        from .commands.plan import QUICK, print_plan
-        from .plan import make_plan
+        from .commands.plan import QUICK
 
-        print_plan(make_plan(loaded, sample=QUICK), chosen, out)
+        plan_run(loaded, chosen, sample=QUICK, teacher=teacher, scheduler=scheduler, fits=False)
         return
-    from ..store.files import is_writable
-
     share = share_of(rank, world_size, parts)
     if not share.is_all and chosen[-1] == "train":
         raise RecipeError(
             f"training is not split by parts ({share}); add --until fuse, and run kava train once after it"
         )
-    if is_writable(loaded.root):
-        loaded.recipe.save(loaded.root / "recipe.yaml")
-    try:
-        _run(loaded, chosen, frozenset(force or []), scheduler, teacher, share, only_failed)
-    finally:  # A run that was refused before it wrote anything has no folder.
-        if is_writable(loaded.root):
-            loaded.recipe.save(loaded.root / "recipe.yaml")
+    run_named(loaded, chosen, frozenset(force or []), scheduler, teacher, share, only_failed, always_save=True)
 
 
 @app.command()
@@ -145,7 +136,8 @@ def extract(
             )
         from .commands.parity import measure_parity, print_parity
 
-        found = [measure_parity(loaded, name, check_parity) for name in _teachers(loaded, teacher)]
+        check_recipe(loaded, ["extract"], None, teacher)
+        found = [measure_parity(loaded, name, check_parity) for name in teachers_of(loaded, teacher)]
         for parity in found:
             print_parity(parity, out)
         if not all(parity.holds for parity in found):
@@ -157,8 +149,11 @@ def extract(
     if retry_failed:
         from .repair import retry_failed as retry
 
-        retry(loaded, _teachers(loaded, teacher), share, say)
-    _run(loaded, ["generate", "extract"], frozenset({"extract"} if force else ()), None, teacher, share, only_failed)
+        check_recipe(loaded, ["extract"], None, teacher)
+        retry(loaded, teachers_of(loaded, teacher), share, say)
+    run_named(
+        loaded, ["generate", "extract"], frozenset({"extract"} if force else ()), None, teacher, share, only_failed
+    )
 
 
 @app.command()
@@ -177,7 +172,7 @@ def resample(
     loaded = load(recipe, [*(overrides or []), "resample.materialize=true"])
     share = share_of(rank, world_size, parts)
     forced = frozenset({"resample"} if force else ())
-    _run(loaded, ["student", "resample"], forced, scheduler, teacher, share, only_failed)
+    run_named(loaded, ["student", "resample"], forced, scheduler, teacher, share, only_failed)
 
 
 @app.command()
@@ -204,10 +199,10 @@ def project(
                 "--report makes no targets, so it goes without --force, --only-failed, --rank and --parts; a stale "
                 "projector is fitted again"
             )
-        _report(loaded, teacher, scheduler)
+        report_projection(loaded, teacher, scheduler)
         return
     stages = ["student", "reference", *(["resample"] if loaded.recipe.resample.materialize else []), "project"]
-    _run(loaded, stages, frozenset({"project"} if force else ()), scheduler, teacher, share, only_failed)
+    run_named(loaded, stages, frozenset({"project"} if force else ()), scheduler, teacher, share, only_failed)
 
 
 @app.command()
@@ -228,7 +223,9 @@ def select(
         raise RecipeError(f"{recipe} has no select section; add one, or say -s select.tokens=24")
     before = ["student", "reference", "resample", "project"] if loaded.recipe.select.geometry == "student" else []
     share = share_of(rank, world_size, parts)
-    _run(loaded, [*before, "select"], frozenset({"select"} if force else ()), scheduler, teacher, share, only_failed)
+    run_named(
+        loaded, [*before, "select"], frozenset({"select"} if force else ()), scheduler, teacher, share, only_failed
+    )
 
 
 @app.command()
@@ -247,13 +244,13 @@ def fuse(
     if loaded.recipe.fuse is None:
         raise RecipeError(f"{recipe} has no fuse section; add one, or say -s fuse.weights=fixed")
     share = share_of(rank, world_size, parts)
-    _run(loaded, ["fuse"], frozenset({"fuse"} if force else ()), scheduler, None, share, only_failed)
+    run_named(loaded, ["fuse"], frozenset({"fuse"} if force else ()), scheduler, None, share, only_failed)
 
 
 @app.command()
 def train(recipe: RecipePath, overrides: Overrides = None, force: Force = False) -> None:
     """Train the student on cached targets; no teacher is loaded. Under torchrun on several devices."""
-    _run(load(recipe, overrides), ["train"], frozenset({"train"} if force else ()), None)
+    run_named(load(recipe, overrides), ["train"], frozenset({"train"} if force else ()), None)
 
 
 app.command()(evaluate)
@@ -261,24 +258,7 @@ app.command()(compare)
 app.command()(report)
 
 
-@app.command()
-def inspect(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="A store.", show_default=False)],
-    sample: Annotated[str | None, typer.Option(help="Show this sample's tokens: its number or its id.")] = None,
-    align: Annotated[
-        str | None, typer.Option(help="Show this sample's tokens against those of the teacher it was made from.")
-    ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="The run's recipe, for tokens and text; found beside the store if not given.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-) -> None:
-    """Show a store to a person: manifest, sizes, per-layer statistics, one sample's tokens and spans."""
-    from .commands.inspect import inspect_store
-
-    inspect_store(store, out, sample=sample, align=align, recipe=recipe, as_json=as_json)
-
-
+app.command()(inspect)
 app.command()(plan)
 app.command()(status)
 app.command()(verify)
@@ -333,111 +313,8 @@ def main() -> None:
 
 
 def _fail(message: str, code: int, error: BaseException) -> None:
-    _tell(message, error)
+    tell(error, message)
     sys.exit(code)
-
-
-def _tell(message: str, error: BaseException) -> None:
-    if os.environ.get("KAVA_VERBOSE"):
-        import traceback
-
-        traceback.print_exception(error)
-    rank = os.environ.get("RANK", "0")
-    err.print(f"kava: {message}" if rank == "0" else f"kava: rank {rank}: {message}", style="red", markup=False)
-
-
-def _run(
-    loaded: Any,
-    names: list[str],
-    force: frozenset[str],
-    scheduler: str | None,
-    teacher: str | None = None,
-    share: Share = ALL,
-    only_failed: bool = False,
-) -> None:
-    from .stages import stages_of
-
-    if teacher is not None:
-        loaded.teacher(teacher)
-    stages = [s for s in stages_of(loaded) if s.name in names and (teacher is None or s.teacher in (None, teacher))]
-    if not stages:
-        raise RecipeError(f"this recipe asks for no stage {', '.join(names)}; docs/recipe.md says which section does")
-    if share.parts is not None and not any(s.splits and s.name != "generate" for s in stages):
-        raise RecipeError(f"--parts: {', '.join(names)} has no parts of a store; split generate by --rank")
-    if only_failed:
-        if force:
-            raise RecipeError("--only-failed goes without --force, which makes everything again")
-        from .repair import repair_stage
-        from .store_stages import StoreStage
-
-        for stage in stages:
-            if isinstance(stage, StoreStage):
-                repair_stage(stage, failed=True, scheduler=scheduler, say=say, share=share)
-        return
-    if any(stage.name == "extract" for stage in stages):
-        from .template_checks import template_warnings
-
-        for warning in template_warnings(loaded):
-            err.print(f"kava: warning: {warning}", style="yellow", markup=False)
-    _make(stages, force, scheduler, share)
-
-
-def _make(stages: Any, force: frozenset[str], scheduler: str | None, share: Share = ALL) -> None:
-    from ..train.ranks import Ranks
-    from .make import run_stages
-
-    trains = any(stage.name == "train" for stage in stages)
-    _one_process({stage.name for stage in stages} - {"train"}, share)
-    use_cpu = any(stage.run.recipe.train.arguments.get("use_cpu") for stage in stages)
-    ranks = Ranks.join(use_cpu=use_cpu) if trains and share.world_size == 1 else Ranks()
-    try:
-        run_stages(stages, force=force, scheduler=scheduler, share=share, say=say, ranks=ranks)
-    except KavaError as error:
-        if not error.agreed:
-            raise
-        if ranks.is_first:
-            _tell(str(error), error)
-        # torchrun ends the others as soon as one has ended: not before it was told why.
-        ranks.wait()
-        sys.exit(error.exit_code)
-    ranks.leave()
-
-
-def _one_process(stages: set[str], share: Share) -> None:
-    """Several processes train one student; what else they would do, each would do on its own, in the others' way."""
-    from ..train.ranks import num_processes
-
-    if stages and num_processes() > 1 and share.is_all:
-        raise StageError(
-            f"torchrun is for kava train: {', '.join(sorted(stages))} would run {num_processes()} times; run it alone "
-            "first, or split it with --rank auto"
-        )
-
-
-def _teachers(loaded: Any, only: str | None) -> list[str]:
-    if only is not None:
-        loaded.teacher(only)
-    return [only] if only is not None else list(loaded.recipe.teachers)
-
-
-def _report(loaded: Any, teacher: str | None, scheduler: str | None) -> None:
-    from .report.projection import make_report, report_stages, report_table
-
-    names = _teachers(loaded, teacher)
-    _make([s for s in report_stages(loaded) if s.teacher is None or s.teacher in names], frozenset(), scheduler)
-    for name in names:
-        found = make_report(loaded, name)
-        numbers, picture = found.save(loaded.projector_path(name))
-        out.print()
-        out.print(f"{name}: {found.source} -> {found.target}", markup=False)
-        if not found.measured:
-            out.print("not captured yet, nothing is measured")
-        elif not found.is_saved:
-            out.print("not saved: the targets that are there were made with another projector, and so are its files")
-        if problem := found.attention.get("problem"):
-            out.print(f"attention is not measured: {problem}", markup=False)
-        print_table(report_table(found))
-        out.print(f"{numbers}\n{picture}", markup=False)
 
 
 def _quiet_libraries() -> None:

@@ -32,6 +32,8 @@ def compare(
     from ..train.ranks import num_processes
     from .compare_stage import SUMMARY, arm_stages, check_arms, save_summary
     from .make import run_stages
+    from .preflight import Scope, refuse_broken
+    from .saved_recipe import recipe_saved
 
     loaded = load(recipe, overrides)
     stages: list[Any] = list(arm_stages(loaded, arm, seed))
@@ -48,11 +50,13 @@ def compare(
             out.print(f"{label + ':':<28} {line}", markup=False)
 
     if not no_train:
+        refuse_broken(Scope(loaded, frozenset({"compare"})))
         check_arms(loaded, stages)
     busy: BusyError | None = None
     for stage in [] if no_train else stages:
         try:
-            run_stages([stage], force=frozenset({"compare"} if force else ()), say=say)
+            with recipe_saved(loaded) as on_make:
+                run_stages([stage], force=frozenset({"compare"} if force else ()), say=say, on_make=on_make)
         except BusyError as error:  # Another `kava compare` is at it: there is more to train meanwhile.
             say(stage.label, "another process is training it; left out")
             busy = error
@@ -142,7 +146,9 @@ def report(
 ) -> None:
     """Write one HTML page with everything that is known of a run: stages, curves, statistics, pictures, provenance."""
     from .report.run_report import write_report
+    from .saved_recipe import save_recipe
 
     loaded = load(recipe, overrides)
     path = write_report(loaded, project=projection, say=lambda line: out.print(line, markup=False))
+    save_recipe(loaded)
     out.print(str(path), markup=False)

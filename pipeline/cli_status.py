@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from ..errors import RecipeError, StageError
+from ..errors import RecipeError
+from .cli_run import plan_run
 from .cli_store import OnlyTeacher, Overrides, RecipePath, load, out, print_table
 
 
@@ -26,22 +27,13 @@ def plan(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Say what a run will take: tokens, bytes, files, memory and hours; refuse one that cannot fit."""
+    """Show what a run will take: tokens, bytes, files, memory and hours; refuse one that is broken or cannot fit."""
     from .commands.choose import STAGES
-    from .commands.plan import print_plan
-    from .plan import make_plan
-    from .plan.show import describe
 
     loaded = load(recipe, overrides)
     if teacher is not None:
         loaded.teacher(teacher)
-    found = make_plan(loaded, sample=sample, probe=probe, teachers=None if teacher is None else [teacher])
-    if as_json:
-        out.print_json(json.dumps(describe(found)))
-    else:
-        print_plan(found, list(STAGES), out)
-    if found.refusals:
-        raise StageError("does not fit: " + "; ".join(found.refusals))
+    plan_run(loaded, list(STAGES), sample=sample, probe=probe, teacher=teacher, as_json=as_json)
 
 
 def status(

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import EXIT_FAULT
+from ..errors import EXIT_FAULT, RecipeError
 from .cluster.options import Parts, Rank, WorldSize, share_of
 from .cluster.share import Share
 
@@ -51,6 +51,36 @@ def print_table(table: Table) -> None:
     """A table is cut to the terminal's width; in a file or a pipe nothing is."""
     console = out if out.is_terminal else Console(width=400, highlight=False)
     console.print(table)
+
+
+def inspect(
+    store: Annotated[
+        Path,
+        typer.Argument(metavar="STORE|RECIPE", help="A store, or a recipe for all its stores.", show_default=False),
+    ],
+    sample: Annotated[str | None, typer.Option(help="Show this sample's tokens: its number or its id.")] = None,
+    align: Annotated[
+        str | None, typer.Option(help="Show this sample's tokens against those of the teacher it was made from.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="The run's recipe, for tokens and text; found beside the store if not given.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Show a store: manifest, sizes, per-layer statistics, one sample's tokens and spans. Of a recipe, all stores."""
+    if store.is_file():
+        from .commands.inspect_run import inspect_run
+
+        for option, value in (("--sample", sample), ("--align", align), ("--recipe", recipe)):
+            if value is not None:
+                raise RecipeError(
+                    f"{option} {value}: needs one store, and {store} is a recipe. Name a store of the run"
+                )
+        inspect_run(load(store, None), out, as_json=as_json)
+        return
+    from .commands.inspect import inspect_store
+
+    inspect_store(store, out, sample=sample, align=align, recipe=recipe, as_json=as_json)
 
 
 def verify(
@@ -139,9 +169,11 @@ def repair(
 ) -> None:
     """Check all outputs of a recipe, and make again what is damaged, that alone."""
     from .repair import repair as repair_stores
+    from .saved_recipe import save_recipe
 
-    repair_stores(
-        load(recipe, overrides),
+    run = load(recipe, overrides)
+    repaired = repair_stores(
+        run,
         only=store,
         teacher=teacher,
         failed=failed,
@@ -149,6 +181,8 @@ def repair(
         scheduler=scheduler,
         say=say,
     )
+    if any(one.parts for one in repaired):
+        save_recipe(run)
 
 
 def transcode(

@@ -13,8 +13,9 @@ from ..errors import KavaError, RecipeError, StageError
 from ..store import Split, digest_json
 from ..store.files import write_atomic
 from ..store.sealed import write_record
-from ..train.arms import Arm, CompareSettings, NeedsError, run_name
+from ..train.arms import Arm, run_name
 from ..train.settings import TrainSettings
+from .comparison import arms_of, compare_settings
 from .places import read_record
 from .run import Run
 from .stage import Status
@@ -96,33 +97,6 @@ class ArmStage(TrainStage):
     def _arm(self) -> Arm:
         assert self.arm is not None
         return self.arm
-
-
-def compare_settings(run: Run) -> CompareSettings:
-    """The recipe's `compare` section.
-
-    Raises:
-        RecipeError: if it has none.
-    """
-    if run.recipe.compare is None:
-        raise RecipeError("the recipe has no compare section; add one, or say -s 'compare.arms=[none, kv, shuffled]'")
-    return run.recipe.compare
-
-
-def arms_of(run: Run) -> list[Arm]:
-    """The arms of a run.
-
-    Raises:
-        RecipeError: if one cannot be had of the recipe's `train` section.
-    """
-    settings, base = compare_settings(run), run.recipe.train
-    for key in ("seed", "data_seed"):
-        if key in base.arguments and len(settings.seeds) > 1:
-            raise RecipeError(f"train.arguments.{key}: would be that of all compare.seeds; leave it out")
-    try:
-        return settings.resolve(base)
-    except NeedsError as error:
-        raise RecipeError(str(error)) from None
 
 
 def arm_stages(run: Run, arms: list[str] | None = None, seeds: list[int] | None = None) -> list[ArmStage]:

@@ -32,6 +32,7 @@ def capture_targets(
     *,
     parts: Sequence[int],
     on_text: Callable[[int], None],
+    limit: str = "",
 ) -> None:
     """Writes targets of samples as the teacher gives them; see `capture_store`.
 
@@ -53,6 +54,7 @@ def capture_targets(
             derive=derive,
             sources=transform.sources,
             on_text=on_text,
+            limit=limit,
         )
     finally:
         torch.set_num_threads(threads)

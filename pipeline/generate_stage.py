@@ -7,11 +7,13 @@ when all are there, the corpus and the record that seals both are written.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from ..errors import CorpusError, DamagedStoreError, StoreNotFoundError
+from ..extract import Encoder
 from ..extract.generate import GenerateSettings, Question, prompt_ids, question_of, row_of
 from ..hub import load_tokenizer
 from ..progress import progress
@@ -20,6 +22,7 @@ from ..store.files import disk_errors, make_folder, read_small, write_atomic
 from ..store.hashing import hash_bytes
 from ..store.safe_json import LOG_BYTES, parse_json
 from ..store.sealed import check_record, sealed_text, write_record
+from .context import context_limit
 from .places import RECORD, read_record
 from .stage import Stage, Status
 from .teachers import open_writer
@@ -137,6 +140,7 @@ class GenerateStage(Stage):
         run, encoder = self.run, self.run.teacher_encoder(name)
         check_teacher_tokenizer(run, name, run.prompts)
         tokenizer, stop_ids = load_tokenizer(run.teacher_source(name)), run.stop_ids(name)
+        self._refuse_long_prompts(name, (questions[number] for chunk in chunks for number in chunk), encoder)
         total = sum(len(chunk) for chunk in chunks)
         with open_writer(run, name) as writer, progress(self.label, total, "prompts") as advance:
             for chunk, lock in claimed(chunks, self._claim):
@@ -144,13 +148,6 @@ class GenerateStage(Stage):
                     rows = self._written()
                     asked = [number for number in chunk if questions[number].sample_id not in rows]
                     prompts = [prompt_ids(encoder, questions[number], settings) for number in asked]
-                    for number, ids in zip(asked, prompts, strict=True):
-                        if len(ids) + settings.max_new_tokens > writer.max_tokens:
-                            raise CorpusError(
-                                f"sample {questions[number].sample_id!r}: {len(ids)} tokens and "
-                                f"{settings.max_new_tokens} new ones are more than the {writer.max_tokens} that the "
-                                "teacher reads"
-                            )
                     if asked:
                         if read_record(self.building).get("key") != run.generate_key:
                             write_atomic(self.building / RECORD, sealed_text({**record, "files": {}}))
@@ -166,6 +163,17 @@ class GenerateStage(Stage):
                     advance(len(chunk))
                 finally:
                     lock.release()
+
+    def _refuse_long_prompts(self, name: str, questions: Iterable[Question], encoder: Encoder) -> None:
+        """Refuse prompts that leave no room for the answer, before the teacher is loaded."""
+        settings, (max_tokens, limit) = self.run.generate_settings, context_limit(self.run, name)
+        for question in questions:
+            length = len(prompt_ids(encoder, question, settings))
+            if length + settings.max_new_tokens > max_tokens:
+                raise CorpusError(
+                    f"sample {question.sample_id!r}: {length} tokens and {settings.max_new_tokens} new ones are more "
+                    f"than the {max_tokens} that the teacher reads ({limit})"
+                )
 
     def _claim(self, chunk: range, wait: bool) -> Lock | None:
         return Lock.take(self._answers / f".{chunk.start:08d}.lock", wait=wait, create=False)

@@ -9,13 +9,15 @@ process after the other is as good as all at once, and none waits for one that w
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ..errors import BusyError, DamagedStoreError, KavaError, StageError
+from ..errors import BusyError, DamagedStoreError, KavaError, NothingCapturedError, StageError, StoreNotFoundError
 from ..store import KVStore, Lock, locked
 from ..store.files import is_writable
 from ..store.leftovers import builders_path, remove_beside
@@ -29,6 +31,7 @@ from .stages import TrainStage
 from .store_stages import StoreStage
 
 Say = Callable[[str, str], None]
+OnMake = Callable[[Stage], None]
 
 
 def run_stages(
@@ -39,6 +42,7 @@ def run_stages(
     share: Share = ALL,
     say: Say = lambda label, line: None,
     ranks: Ranks | None = None,
+    on_make: Callable[[Stage], None] = lambda stage: None,
 ) -> None:
     """Makes what is missing of each stage, in order.
 
@@ -49,6 +53,7 @@ def run_stages(
         share: what this process makes of the stages that are split.
         say: called with a stage's label and what became of it.
         ranks: the processes that train together, of which the first decides and speaks; None for this one alone.
+        on_make: called with each stage that is going to write.
 
     Raises:
         StageError: if a stage's inputs are missing, or a costly output is stale and not forced; or if one of several
@@ -56,20 +61,27 @@ def run_stages(
         RecipeError: if the share names parts that a store does not have.
         DamagedStoreError: if a stage's output, or what it reads, is not as it was written.
         BusyError: if another process trains the student that is to be trained.
+        NothingCapturedError: if a store is complete and every sample of it failed.
     """
     if not share.is_all:
         for stage in stages:
             if stage.name in force and not stage.splits:
                 raise stage.inseparable()
     try:
-        _run_in_order(stages, force, scheduler, share, say, ranks or Ranks())
+        _run_in_order(stages, force, scheduler, share, say, ranks or Ranks(), on_make)
     finally:
         for stage in stages[:1]:
             _remove_empty_folders(stage.run.root)
 
 
 def _run_in_order(
-    stages: list[Stage], force: frozenset[str], scheduler: str | None, share: Share, say: Say, ranks: Ranks
+    stages: list[Stage],
+    force: frozenset[str],
+    scheduler: str | None,
+    share: Share,
+    say: Say,
+    ranks: Ranks,
+    on_make: OnMake,
 ) -> None:
     for number, stage in enumerate(stages):
         if isinstance(stage, StoreStage) and stage.splits:
@@ -77,18 +89,19 @@ def _run_in_order(
         elif stage.splits:  # Its parts are other ones.
             stage.share = replace(share, parts=None)
         if isinstance(stage, TrainStage):
-            _train(stage, stage.name in force, ranks, say)
+            _train(stage, stage.name in force, ranks, say, on_make)
             continue
         if not share.is_all:
-            _supply(stage, stages[:number], scheduler, say)
-        _run_stage(stage, stage.name in force, scheduler, say)
+            _supply(stage, stages[:number], scheduler, say, on_make)
+        _run_stage(stage, stage.name in force, scheduler, say, on_make)
+        refuse_if_all_failed(stage)
         unfinished = isinstance(stage, GenerateStage) or stage.beside is not None
         if unfinished and not stage.share.is_all and number + 1 < len(stages):
             # What follows reads all of it, and would read the old output.
-            _run_stage(replace(stage, share=Share(), beside=None), False, scheduler, say)
+            _run_stage(replace(stage, share=Share(), beside=None), False, scheduler, say, on_make)
 
 
-def _run_stage(stage: Stage, force: bool, scheduler: str | None, say: Say) -> None:
+def _run_stage(stage: Stage, force: bool, scheduler: str | None, say: Say, on_make: OnMake) -> None:
     status = stage.status()
     if isinstance(stage, StoreStage) and stage.share.parts and status.state not in ("blocked", "damaged"):
         stage.share.check(stage.manifest().num_parts, stage.label)
@@ -102,19 +115,21 @@ def _run_stage(stage: Stage, force: bool, scheduler: str | None, say: Say) -> No
                 for line in stage.notices():
                     say(stage.label, line)
             if not done and not stage.splits:
-                done = _make(stage, scheduler)
+                done = _make(stage, scheduler, on_make)
         if not done:
-            done = _make(stage, scheduler)
+            done = _make(stage, scheduler, on_make)
             with stage_lock(stage, say):
                 done = _exchange_if_complete(stage, done)
     say(stage.label, done)
 
 
-def _train(stage: TrainStage, force: bool, ranks: Ranks, say: Say) -> None:
+def _train(stage: TrainStage, force: bool, ranks: Ranks, say: Say, on_make: OnMake) -> None:
     """Trains, with the other ranks: the first looks at what is there, and all do the same."""
     stage.ranks = ranks
     with ExitStack() as held:
         line, stage.beside = ranks.first(partial(_begin, stage, force, say, held))
+        if not line:
+            on_make(stage)
         try:
             line = line or stage.make(None)
         except BaseException:
@@ -197,8 +212,9 @@ def _prepare(stage: Stage, force: bool, say: Say, held: ExitStack) -> str:
     return ""
 
 
-def _make(stage: Stage, scheduler: str | None) -> str:
+def _make(stage: Stage, scheduler: str | None, on_make: OnMake) -> str:
     """Make a stage where `_prepare` decided; what fails before anything was written leaves nothing."""
+    on_make(stage)
     try:
         if stage.again:
             return stage.make_share_again(scheduler)
@@ -207,6 +223,31 @@ def _make(stage: Stage, scheduler: str | None) -> str:
         _forget_if_empty(stage)
         raise
     return line if stage.splits else _exchange_if_complete(stage, line)
+
+
+def refuse_if_all_failed(stage: Stage) -> None:
+    """Refuse to continue with a store in which no sample is left.
+
+    Raises:
+        NothingCapturedError: with the most frequent reason, if the store is complete and every sample failed.
+    """
+    if not isinstance(stage, StoreStage):
+        return
+    try:
+        store = KVStore.open(stage.output)
+    except StoreNotFoundError:
+        return
+    parts = stage.wanted(store.manifest)
+    count = sum(len(store.manifest.part_samples(part)) for part in parts)
+    if not parts or set(parts) & set(store.missing_parts()) or len(store.failed) < count:
+        return
+    reasons = list(store.failed.values())
+    kinds = [re.sub(r"\d+", "0", reason) for reason in reasons]  # Reasons differ by lengths and layers.
+    kind, most = Counter(kinds).most_common(1)[0]
+    raise NothingCapturedError(
+        f"{stage.label}: all {count:,} samples of {stage.output} failed, {most:,} of them like this: "
+        f"{reasons[kinds.index(kind)]}"
+    )
 
 
 def _forget_if_empty(stage: Stage) -> None:
@@ -239,7 +280,7 @@ def _exchange_if_complete(stage: Stage, line: str) -> str:
     return stage.summary(line)
 
 
-def _supply(stage: Stage, before: list[Stage], scheduler: str | None, say: Say) -> None:
+def _supply(stage: Stage, before: list[Stage], scheduler: str | None, say: Say, on_make: OnMake) -> None:
     """Makes parts of earlier stages that this one cannot begin without, and that other processes have not made yet.
 
     An outdated part is one of them: what is made from it would be outdated too.
@@ -255,7 +296,8 @@ def _supply(stage: Stage, before: list[Stage], scheduler: str | None, say: Say) 
         if absent := set(inputs[earlier.output]) & {*store.missing_parts(), *earlier.outdated(store)}:
             rest = replace(earlier, share=Share(parts=frozenset(absent)))
             say(rest.label, f"parts {format_parts(absent)} of other shares are needed first")
-            _supply(rest, before[:number], scheduler, say)
+            _supply(rest, before[:number], scheduler, say, on_make)
+            on_make(rest)
             say(rest.label, rest.make(scheduler))
 
 

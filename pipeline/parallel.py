@@ -11,9 +11,10 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from ..errors import KavaError, RecipeError, RetryLaterError
+from ..errors import BackendNotInstalledError, KavaError, RecipeError, RetryLaterError
 from ..store import PartReader, Split, num_cpus
 
 if TYPE_CHECKING:
@@ -40,11 +41,11 @@ def run_parts(
         RecipeError: if `scheduler` is none of these.
         RetryLaterError: if the scheduler cannot be reached, or workers kept dying.
     """
-    if scheduler is not None and ("://" in scheduler or scheduler.startswith(_PROCESSES)):
+    check_scheduler(scheduler)
+    if _is_distributed(scheduler):
+        assert scheduler is not None
         _run_distributed(work, parts, scheduler, on_part)
         return
-    if scheduler not in (None, "threads", "synchronous"):
-        raise RecipeError(f"--scheduler {scheduler}: give tcp://HOST:PORT, processes:N, threads or synchronous")
     import dask
     import torch
     from dask.callbacks import Callback
@@ -60,6 +61,24 @@ def run_parts(
             dask.compute(*tasks, scheduler=scheduler or "threads", pool=pool, optimize_graph=False)
     finally:
         torch.set_num_threads(threads)
+
+
+def check_scheduler(scheduler: str | None) -> None:
+    """Check the value of `--scheduler`, and that what it needs is installed; see `run_parts`.
+
+    Raises:
+        RecipeError: if it is not a scheduler.
+        BackendNotInstalledError: without dask.distributed.
+    """
+    if _is_distributed(scheduler):
+        if find_spec("distributed") is None:
+            raise BackendNotInstalledError("--scheduler needs dask.distributed: pip install 'kava[distributed]'")
+    elif scheduler not in (None, "threads", "synchronous"):
+        raise RecipeError(f"--scheduler {scheduler}: give tcp://HOST:PORT, processes:N, threads or synchronous")
+
+
+def _is_distributed(scheduler: str | None) -> bool:
+    return scheduler is not None and ("://" in scheduler or scheduler.startswith(_PROCESSES))
 
 
 def ahead(work: Callable[[_In], _Out], items: Iterable[_In]) -> Generator[_Out, None, None]:
@@ -101,11 +120,9 @@ def walk(
 def _run_distributed(
     work: Callable[[int], int], parts: Sequence[int], scheduler: str, on_part: Callable[[int], None]
 ) -> None:
-    try:
-        from distributed import CancelledError, KilledWorker, as_completed
-        from distributed.comm import CommClosedError
-    except ImportError:
-        raise KavaError("--scheduler needs dask.distributed: pip install 'kava[distributed]'") from None
+    from distributed import CancelledError, KilledWorker, as_completed
+    from distributed.comm import CommClosedError
+
     with _client(scheduler) as client:
         futures = client.map(_single_threaded, parts, work=work, pure=False, retries=2)
         for future in as_completed(futures):

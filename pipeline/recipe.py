@@ -40,7 +40,7 @@ from ..train.settings import ByteLevelBPE, StudentSettings, TrainSettings
 from .fuse.rules import RULES, Weighting
 from .maps.heads import HEAD_MAPS, RIDGE
 from .maps.resample import RESAMPLERS
-from .recipe_file import expand_paths, read_yaml, refuse_values, set_key
+from .recipe_file import expand_paths, read_yaml, refuse_urls, refuse_values, set_key, share_templates, without_secrets
 from .select.rules import SELECTORS, Selector
 
 DTypeName = Literal["bfloat16", "float16", "float32"]
@@ -246,22 +246,6 @@ class Recipe(_Section):
     compare: CompareSettings | None = None
     """Arms and seeds of kava compare."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _one_decision_on_templates(cls, raw: Any) -> Any:
-        """Hand the recipe's chat template settings to every model that has none of its own."""
-        if not isinstance(raw, dict):
-            return raw
-        shared = {k: raw[k] for k in ("chat_template", "chat_template_date") if raw.get(k) is not None}
-
-        def filled(model: Any) -> Any:
-            return {**shared, **model} if isinstance(model, dict) else model
-
-        teachers = raw.get("teachers")
-        if isinstance(teachers, dict):
-            teachers = {name: filled(teacher) for name, teacher in teachers.items()}
-        return raw | {k: v for k, v in (("teachers", teachers), ("student", filled(raw.get("student")))) if k in raw}
-
     @field_validator("teachers")
     @classmethod
     def _plain_names(cls, teachers: dict[str, TeacherSettings]) -> dict[str, TeacherSettings]:
@@ -347,8 +331,9 @@ class Recipe(_Section):
         return sorted(set(self.teachers if named is None else named))
 
     def save(self, path: Path) -> None:
-        """Write the recipe with every default filled in; a file that holds just that is left alone."""
-        data = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True).encode()
+        """Write the recipe with every default and without secrets; a file that holds just that is left alone."""
+        sections = without_secrets(self.model_dump(mode="json"))
+        data = yaml.safe_dump(sections, sort_keys=False, allow_unicode=True).encode()
         with suppress(OSError):
             if path.read_bytes() == data:
                 return
@@ -394,10 +379,12 @@ def check_recipe(path: Path, raw: dict[str, Any]) -> Recipe:
     try:
         refuse_values(raw)
         expand_paths(raw)
+        refuse_urls(raw)
     except RecipeError as error:
         raise RecipeError(f"recipe {path}: {error}") from None
     try:
-        return Recipe.model_validate_json(json.dumps(raw), strict=True)  # JSON's lists are tuples, too.
+        # JSON's lists are tuples, too: no validator may hand pydantic Python's own.
+        return Recipe.model_validate_json(json.dumps(share_templates(raw)), strict=True)
     except ValidationError as error:
         raise RecipeError(f"recipe {path}: " + "; ".join(_explain(e) for e in error.errors())) from None
 

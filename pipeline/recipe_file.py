@@ -15,7 +15,8 @@ from typing import Any, Final
 
 import yaml
 
-from ..errors import RecipeError
+from ..errors import RecipeError, StoreError
+from ..store.files import refuse_url
 
 PATHS: Final = (
     ("run_dir",),
@@ -27,6 +28,12 @@ PATHS: Final = (
     ("student", "tokenizer"),
 )
 """Keys that hold paths, or names that may be paths; `*` stands for any key."""
+_WRITTEN: Final = ("run_dir", "store_dir")
+"""Keys of folders that are written to."""
+_SECRET: Final = re.compile(
+    r"(?:^|_)(?:(?:hub|hf|auth|access|use_auth)_token|api_?key|password|secret(?:_key)?)$", re.IGNORECASE
+)
+"""Names of settings that are not saved."""
 _MOST_NODES: Final = 100_000
 """Values in a recipe, at most, with every alias written out."""
 _VARIABLE: Final = re.compile(r"\$\{([^}]*)\}")
@@ -138,6 +145,41 @@ def expand_paths(recipe: dict[str, Any]) -> None:
                 holder[name] = expand_path(value, key)
             elif isinstance(value, list):
                 holder[name] = [expand_path(v, f"{key}.{n}") if isinstance(v, str) else v for n, v in enumerate(value)]
+
+
+def refuse_urls(recipe: dict[str, Any]) -> None:
+    """Refuse addresses such as `s3://bucket/run` as folders that are written to.
+
+    Raises:
+        RecipeError: naming the key.
+    """
+    for key in _WRITTEN:
+        if isinstance(recipe.get(key), str):
+            try:
+                refuse_url(recipe[key], key)
+            except StoreError as error:
+                raise RecipeError(str(error)) from None
+
+
+def share_templates(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe whose chat template settings are those of every model that has none of its own."""
+    shared = {k: recipe[k] for k in ("chat_template", "chat_template_date") if recipe.get(k) is not None}
+
+    def filled(model: Any) -> Any:
+        return {**shared, **model} if isinstance(model, dict) else model
+
+    teachers = recipe.get("teachers")
+    if isinstance(teachers, dict):
+        teachers = {name: filled(teacher) for name, teacher in teachers.items()}
+    sections = {"teachers": teachers, "student": filled(recipe.get("student"))}
+    return recipe | {key: section for key, section in sections.items() if key in recipe}
+
+
+def without_secrets(section: Any) -> Any:
+    """Return sections of a recipe without tokens, keys and passwords, which libraries' arguments may hold."""
+    if isinstance(section, dict):
+        return {name: without_secrets(value) for name, value in section.items() if not _SECRET.search(str(name))}
+    return [without_secrets(value) for value in section] if isinstance(section, list) else section
 
 
 def expand_path(text: str, key: str) -> str:

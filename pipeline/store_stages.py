@@ -16,6 +16,7 @@ from ..store.part_exchange import has_parts, manifest_at, replacing_outdated, sc
 from ..store.sealed import check_entry
 from .capturing import capture
 from .cluster.share import Share, format_parts
+from .context import refuse_too_long
 from .describe import describe, short
 from .maps.project import fit_projector
 from .maps.projector import Projector, move_projector, read_card, remove_projector
@@ -201,7 +202,7 @@ class TransformStage(StoreStage):
         with self.rewriting(store):
             missing, there = self.missing(store), set(parent.committed_parts())
             if missing:
-                check_student_tokenizer(self.run)
+                check_student_tokenizer(self.run, self.run.corpus)
             ready = [part for part in missing if part in there]
             with progress(self.label, len(ready), "parts") as advance:
                 work = self.unclaimed(transform, store)
@@ -310,7 +311,9 @@ class ProjectStage(TransformStage):
             return line
         if run.teacher_manifest(self._teacher).fingerprint != parent.manifest.fingerprint:
             raise StageError(f"{parent.path} was captured from another teacher or corpus than the recipe's now")
-        transform = self.prepare(parent)
+        transform, manifest = self.prepare(parent), store.manifest
+        indices = [index for part in self.missing(store) for index in manifest.part_samples(part)]
+        refuse_too_long(run, self._teacher, run.corpus, indices)
         with open_teacher(run, self._teacher) as teacher:
             capture(self, store, run.corpus, run.teacher_encoder(self._teacher), teacher, transform=transform)
         return describe(self, store)

@@ -40,6 +40,8 @@ class StudentOfRun(Places, ABC):
             return bool(record) and record.get("key") == self.student_key
         except ModelNotFoundError:  # It is made from a model of another name, which is not on this machine.
             return False
+        except StageError:  # Its tokenizer is trained on a corpus that is still to be written.
+            return False
 
     @property
     def student_source(self) -> ModelSource:

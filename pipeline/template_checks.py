@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from contextlib import suppress
 
-from ..errors import CorpusError, ModelNotFoundError, RecipeError
+from ..errors import CorpusError, RecipeError
 from ..extract.chat import ChatTemplate
 from ..hub import ModelSource, load_tokenizer
 from ..train.settings import ByteLevelBPE
@@ -32,23 +31,16 @@ def template_warnings(run: Run) -> list[str]:
     return []
 
 
-def refuse_templates(run: Run, name: str) -> None:
-    """Refuse chat templates that cannot be rendered, or not to the same text every day.
-
-    Args:
-        run: the run.
-        name: the teacher; the student's template is checked too.
+def check_teacher_template(run: Run, name: str) -> None:
+    """Refuse a teacher's chat template that cannot be rendered, or not to the same text every day.
 
     Raises:
-        CorpusError: if a template cannot be rendered.
-        RecipeError: if it needs a date.
+        CorpusError: if the template cannot be rendered.
+        RecipeError: if it prints today's date and none is set.
     """
     teacher = run.teacher(name)
     if teacher.chat_template:
         _check_template(f"teachers.{name}", run.teacher_source(name), teacher.chat_template_date)
-    # The student may be on another machine.
-    with suppress(ModelNotFoundError):
-        check_student_template(run)
 
 
 def check_student_template(run: Run) -> None:

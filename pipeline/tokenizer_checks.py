@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..errors import ModelNotFoundError
 from ..extract import Corpus, Encoder
 from ..extract.tokenizer_check import check_tokenizer
 from ..hub import load_config, load_tokenizer, tokenizer_file
@@ -21,35 +20,33 @@ def check_teacher_tokenizer(run: Run, name: str, corpus: Corpus) -> None:
     check_tokenizer(f"teacher {name}", encoder, corpus.records, load_config(source), original)
 
 
-def check_student_tokenizer(run: Run) -> None:
-    """Check the student's tokenizer on the corpus, unless it is trained on it, or on another machine.
+def check_student_tokenizer(run: Run, corpus: Corpus) -> None:
+    """Check the student's tokenizer on the text that it will read, unless it is trained on that.
 
     Raises:
+        ModelNotFoundError: if the tokenizer is not on this machine.
         CheckpointError: if it loses text, or gives ids that the student cannot read.
     """
     from ..train.student import model_source, student_config, tokenizer_source
 
     settings = run.recipe.student
-    try:
-        if run.has_student:
-            source = run.student_source
-        elif isinstance(settings.tokenizer, ByteLevelBPE):
-            return
-        else:
-            source = tokenizer_source(settings)
-        tokenizer = load_tokenizer(source)
-        if run.has_student:
-            config = load_config(source)
-        elif settings.model is not None:
-            config = load_config(model_source(settings))
-        else:
-            config = student_config(settings, tokenizer)
-    except ModelNotFoundError:
+    if run.has_student:
+        source = run.student_source
+    elif not isinstance(settings.tokenizer, ByteLevelBPE):
+        source = tokenizer_source(settings)
+    else:
         return
+    tokenizer = load_tokenizer(source)
+    if run.has_student:
+        config = load_config(source)
+    elif settings.model is not None:
+        config = load_config(model_source(settings))
+    else:
+        config = student_config(settings, tokenizer)
     encoder = Encoder(
         tokenizer,
         chat_template=settings.chat_template,
         chat_template_date=settings.chat_template_date,
         add_eos=True,
     )
-    check_tokenizer("student", encoder, run.corpus.records, config, tokenizer_file(source))
+    check_tokenizer("student", encoder, corpus.records, config, tokenizer_file(source))

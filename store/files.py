@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -19,6 +20,7 @@ from .hashing import hash_file
 _FLUSHES: Final = 8
 _REMOVALS: Final = 1000
 """Attempts at removing a folder; each ends at a file that another process removed first."""
+_URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _RETRY: Final = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE}
 
 
@@ -66,6 +68,21 @@ def reading(path: Path | str) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM):
             raise StoreError(f"{path}: cannot be read: {reason}. Change its rights, or ask its owner to.") from error
         raise DamagedStoreError(f"{path}: cannot be read: {reason}") from error
+
+
+def refuse_url(path: Path | str, key: str = "") -> None:
+    """Refuse an address such as `s3://bucket/run`: it would be taken for a local folder named `s3:`.
+
+    Args:
+        path: the path, also as `Path` writes an address, with a single slash.
+        key: the recipe's key or the command's argument, for the message.
+
+    Raises:
+        StoreError: if it is one.
+    """
+    if _URL.match(str(path)):
+        where = f"{key}: {str(path)!r}" if key else f"{str(path)!r}"
+        raise StoreError(f"{where} is a URL, which is not supported here. Give a local path, or mount the bucket")
 
 
 def is_writable(folder: Path) -> bool:

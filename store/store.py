@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import ManifestMismatchError, StoreError, StoreNotFoundError
 from .blocks import dask_array
 from .dtypes import DType, dtype_of
-from .files import disk_errors, make_folder, reading, remove, size_of, write_atomic
+from .files import disk_errors, make_folder, reading, refuse_url, remove, size_of, write_atomic
 from .fingerprint import digest_json
 from .geometry import KVGeometry
 from .leftovers import remove_leftovers
@@ -61,6 +61,7 @@ class KVStore(Sequence[KVSample]):
             StoreNotFoundError: if there is none.
             StoreError: if it is not a kava store of a known format.
         """
+        refuse_url(path)
         path = Path(path)
         header = path / "zarr.json"
         try:
@@ -83,6 +84,7 @@ class KVStore(Sequence[KVSample]):
         Raises:
             ManifestMismatchError: if the one at `path` has another manifest, naming every differing field.
         """
+        refuse_url(path)
         path = Path(path)
         if (path / "zarr.json").exists():
             store = cls.open(path)

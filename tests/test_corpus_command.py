@@ -64,7 +64,7 @@ def test_a_stage_whose_segment_is_empty_is_refused(
     printed = kava("extract", recipe, code=2)
     assert f"corpus.jsonl: {key}, and no record has one" in printed
     assert not (tmp_path / "run/teachers").exists()
-    assert f"{key}, and no record has one" in kava("run", recipe, "--dry-run")
+    assert f"{key}, and no record has one" in kava("run", recipe, "--dry-run", code=2)
 
 
 def test_samples_without_the_segment_are_counted(tmp_path: Path, tiny_models: dict[str, Path]) -> None:

@@ -139,7 +139,7 @@ def test_other_tokens_are_refused_before_the_capture(tmp_path: Path, models: dic
     other = models | {"student": models["teacher"].parent / "student"}
     recipe = _recipe(tmp_path / "tokenizer", other)
     wanted = "the tokenizer of teacher big is not the student's"
-    planned = " ".join(kava("run", recipe, "--dry-run").split())
+    planned = " ".join(kava("run", recipe, "--dry-run", code=2).split())
     assert wanted in planned
     assert "the 400 likeliest next tokens, 3204 bytes per token" in planned
     assert wanted in " ".join(kava("run", recipe, code=2).split())

@@ -48,15 +48,15 @@ def test_mistakes_are_one_line_and_exit_2(
     assert message in line
 
 
-def test_too_long_a_text_keeps_what_was_written(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+def test_too_long_a_text_is_refused_before_the_first_part(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
     recipe = write_recipe(tmp_path, tiny_models)
     records = rows()
     records[12]["prompt"] = TEXTS[0] * 40
     (tmp_path / "corpus.jsonl").write_text("\n".join(json.dumps(row) for row in records))
-    assert "sample 'r12': " in kava("extract", recipe, code=2)
-    store = KVStore.open(tmp_path / "run/teachers/big.zarr")
-    assert store.committed_parts() == [0, 1]
-    assert store.verify() == []
+    printed = kava("extract", recipe, code=2)
+    assert "sample 'r12': " in printed
+    assert "the model reads at most 256 (max_position_embeddings" in printed
+    assert not (tmp_path / "run").exists()
     assert "1 failed samples" in kava("extract", recipe, "-s", "extract.too_long=skip")
     before = tree(tmp_path / "run/teachers")
     table = tmp_path / "run/teachers/big.zarr/parts/00002/zarr.json"

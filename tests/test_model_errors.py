@@ -105,7 +105,7 @@ def test_cuda_where_there_is_none(tmp_path: Path, tiny_models: dict[str, Path], 
     )
     for command in (("extract", recipe), ("run", recipe), ("extract", recipe, "--check-parity", "1")):
         assert f"device '{device}' cannot be used here" in kava(*command, code=2)
-    assert f"device '{device}' cannot be used here" in kava("plan", recipe)
+    assert f"device '{device}' cannot be used here" in kava("plan", recipe, code=2)
     assert not list((tmp_path / "run").rglob("parts/0*"))
 
 

@@ -24,7 +24,12 @@ from kava.pipeline.store_stages import StoreStage
 from kava.store import KVStore, Segment
 
 # Everything that is a store, with arrays of its own: signals, slots, two teachers as one.
-CHANGES: dict[str, Any] = {"resample": {"materialize": True}, "fuse": {}, "select": {"tokens": 4, "method": "uniform"}}
+CHANGES: dict[str, Any] = {
+    "resample": {"materialize": True},
+    "fuse": {},
+    "select": {"tokens": 4, "method": "uniform"},
+    "train": {"teacher": "big"},
+}
 
 
 def _recipe(root: Path, models: dict[str, Path], **changes: Any) -> Path:
@@ -39,8 +44,8 @@ def _recipe(root: Path, models: dict[str, Path], **changes: Any) -> Path:
     return path
 
 
-def _plan(*arguments: Any) -> dict[str, Any]:
-    printed = kava("plan", *arguments, "--json")  # Progress is on the other stream.
+def _plan(*arguments: Any, code: int = 0) -> dict[str, Any]:
+    printed = kava("plan", *arguments, "--json", code=code)  # Progress is on the other stream.
     return dict(json.loads(printed[printed.index("{\n") : printed.rindex("\n}") + 2]))
 
 
@@ -125,9 +130,12 @@ def test_what_would_make_it_smaller(tmp_path: Path, tiny_models: dict[str, Path]
         if saving["change"].startswith(("extract.codec", "extract.dtype", "resample")):
             assert _plan(recipe, "-s", saving["change"].replace(": ", "="))["bytes"] == saving["bytes"]
             assert plan["bytes"] - saving["bytes"] == saving["saves"] > 0
-    assert "samples are longer than the 256 tokens that big reads" in kava(
-        "plan", recipe, "-s", "corpus.separator=" + "x" * 200
+    long = ["-s", "corpus.separator=" + "x" * 200]
+    line = "samples are longer than the 256 tokens that big reads (max_position_embeddings"
+    assert f"{line} and rope scaling of its config): shorten them, or set extract.too_long: skip" in kava(
+        "plan", recipe, *long, code=2
     )
+    assert line in kava("plan", recipe, *long, "-s", "extract.too_long=skip")
 
 
 def test_tokens_of_a_sample_lie_in_their_interval(tiny_models: dict[str, Path]) -> None:
@@ -184,10 +192,12 @@ def test_weights_of_arms_and_checkpoints_need_room(tmp_path: Path, tiny_models: 
 def test_a_device_that_is_none(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
     recipe, options = _recipe(tmp_path, tiny_models, select=None, fuse=None), ["--teacher", "big", "--sample", "4"]
     for device in ("cuda:x", "gpu"):
-        plan = _plan(recipe, *options, "-s", f"teachers.big.device={device}")
+        plan = _plan(recipe, *options, "-s", f"teachers.big.device={device}", code=2)
         assert plan["memory"] == []
+        assert f"teachers.big.device: device '{device}' cannot be used here" in plan["broken"][0]
         assert f"teachers.big.device: '{device}' is no device" in plan["problems"][-1]
-    plan = _plan(recipe, *options, "-s", "teachers.big.device=cuda:99")
+    plan = _plan(recipe, *options, "-s", "teachers.big.device=cuda:99", code=2)
+    assert "teachers.big.device: device 'cuda:99' cannot be used here" in plan["broken"][0]
     assert "this machine's last one is" in plan["problems"][-1] if cuda.is_available() else plan["memory"][0]["fits"]
 
 

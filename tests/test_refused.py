@@ -75,7 +75,7 @@ def test_an_extraction(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
     for changes in ({}, {"store_dir": str(tmp_path / "shared")}):
         recipe = write_recipe(tmp_path, models, **changes)
         overwrite(weights, whole[: len(whole) // 2])
-        assert "cannot be loaded" in kava("extract", recipe, code=2)
+        assert "is damaged or not a weight file" in kava("extract", recipe, code=2)
         assert "identity needs equal heads" in kava("extract", recipe, "-s", "project.heads=identity", code=2)
         assert not (tmp_path / "run").exists()
         assert _names(tmp_path / "shared") == set()
@@ -92,7 +92,7 @@ def test_the_text_that_a_teacher_writes(tmp_path: Path, tiny_models: dict[str, P
     recipe = write_recipe(tmp_path, models, extract={"generate": {"max_new_tokens": 4}})
     overwrite(weights, whole[: len(whole) // 2])
     for _ in range(2):
-        assert "cannot be loaded" in kava("run", recipe, "--only", "generate", code=2)
+        assert "is damaged or not a weight file" in kava("run", recipe, "--only", "generate", code=2)
         assert not (tmp_path / "run").exists()
     overwrite(weights, whole)
     kava("run", recipe, "--only", "generate")

@@ -12,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..errors import RecipeError
+from ..hub import one_line
 from .ranks import num_processes
 from .settings import CHECKPOINTS, TrainSettings
 from .shard import SHARDING
@@ -60,7 +61,18 @@ OWN_KEYS: Final = {
 
 
 def training_arguments(settings: TrainSettings, out: Path, *, has_heldout: bool) -> Any:
-    """The arguments of one training.
+    """Return the arguments of one training; see `argument_values`.
+
+    Raises:
+        RecipeError: if they are refused, or this process sees several devices.
+    """
+    built = build_arguments(argument_values(settings, out, has_heldout=has_heldout))
+    refuse_several_devices(built.n_gpu)
+    return built
+
+
+def argument_values(settings: TrainSettings, out: Path, *, has_heldout: bool) -> dict[str, Any]:
+    """Return the arguments of one training, by name.
 
     Args:
         settings: see `TrainSettings`; its `arguments` win over what is kava's own choice, and set no key of its own.
@@ -68,7 +80,7 @@ def training_arguments(settings: TrainSettings, out: Path, *, has_heldout: bool)
         has_heldout: whether there is anything to evaluate on.
 
     Raises:
-        RecipeError: if transformers refuses an argument, if it is one of `REFUSED` or `OWN_KEYS`, or if gradient
+        RecipeError: if transformers has no such argument, if it is one of `REFUSED` or `OWN_KEYS`, or if gradient
             checkpointing would lose the KV loss's gradient.
     """
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
@@ -119,13 +131,29 @@ def training_arguments(settings: TrainSettings, out: Path, *, has_heldout: bool)
             "train.arguments.gradient_checkpointing_kwargs: use_reentrant: true runs layers without a gradient first, "
             "and the KV loss, which is read there, would have none; leave it out"
         )
+    return values | {"gradient_checkpointing_kwargs": checkpointing}
+
+
+def build_arguments(values: dict[str, Any]) -> Any:
+    """Return `TrainingArguments` with these values.
+
+    Raises:
+        RecipeError: if transformers refuses one.
+    """
     try:
-        made = TrainingArguments(**values | {"gradient_checkpointing_kwargs": checkpointing})
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"train: {str(error).splitlines()[0]}") from None
-    if made.n_gpu > 1:
+        return TrainingArguments(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"train: {one_line(error)}") from None
+
+
+def refuse_several_devices(count: int) -> None:
+    """Refuse a training in one process that sees several devices.
+
+    Raises:
+        RecipeError: if it does.
+    """
+    if count > 1:
         raise RecipeError(
-            f"train: one process sees {made.n_gpu} devices; start one for each, torchrun --nproc-per-node {made.n_gpu} "
+            f"train: one process sees {count} devices; start one for each, torchrun --nproc-per-node {count} "
             "-m kava train ..., or show it a single one (CUDA_VISIBLE_DEVICES=0)"
         )
-    return made

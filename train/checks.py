@@ -70,7 +70,12 @@ def check_sharding(model: Any, *, bf16: bool) -> None:
         StageError: if they are.
     """
     if bf16 and (found := next((p.dtype for p in model.parameters() if p.dtype.itemsize < 4), None)):
-        raise StageError(
-            f"train.fsdp: the student's weights are {str(found).removeprefix('torch.')}, and with train.bf16 they must "
-            "be float32: set student.dtype: float32, or leave out train.bf16"
-        )
+        raise low_precision_shards(str(found).removeprefix("torch."))
+
+
+def low_precision_shards(dtype: str) -> StageError:
+    """Return the error about weights of this dtype; see `check_sharding`."""
+    return StageError(
+        f"train.fsdp: the student's weights are {dtype}, and with train.bf16 they must be float32: set "
+        "student.dtype: float32, or leave out train.bf16"
+    )

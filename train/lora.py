@@ -5,6 +5,7 @@ The tap reads the outputs of the adapted projections, so the KV loss reaches the
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,27 +26,38 @@ def add_lora(model: Any, settings: LoraSettings) -> Any:
         BackendNotInstalledError: without peft.
         RecipeError: if the model has no module of one of the names.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise BackendNotInstalledError("train.lora needs peft: pip install 'kava[lora]'") from error
-    names = [name for name, _ in model.named_modules()]
-    wanted = settings.target_modules or [
-        name for name in PROJECTIONS if hasattr(decoder(model).layers[0].self_attn, name)
-    ]
-    for name in wanted:
-        if not any(module == name or module.endswith(f".{name}") for module in names):
-            raise RecipeError(f"train.lora.target_modules: {type(model).__name__} has no module {name!r}")
+    target_modules = lora_targets(model, settings)
+    from peft import LoraConfig, get_peft_model
+
     return get_peft_model(
         model,
         LoraConfig(
             r=settings.r,
             lora_alpha=settings.alpha,
             lora_dropout=settings.dropout,
-            target_modules=wanted,
+            target_modules=target_modules,
             task_type="CAUSAL_LM",
         ),
     )
+
+
+def lora_targets(model: Any, settings: LoraSettings) -> list[str]:
+    """Return the names of the modules that get an adapter; of the model, only the names of its modules are read.
+
+    Raises:
+        BackendNotInstalledError: without peft.
+        RecipeError: if the model has no module of one of the names.
+    """
+    if find_spec("peft") is None:
+        raise BackendNotInstalledError("train.lora needs peft: pip install 'kava[lora]'")
+    modules = [name for name, _ in model.named_modules()]
+    target_modules = settings.target_modules or [
+        name for name in PROJECTIONS if hasattr(decoder(model).layers[0].self_attn, name)
+    ]
+    for name in target_modules:
+        if not any(module == name or module.endswith(f".{name}") for module in modules):
+            raise RecipeError(f"train.lora.target_modules: {type(model).__name__} has no module {name!r}")
+    return target_modules
 
 
 def save_merged(model: Any, out: Path) -> Any:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import StageError
-from ..store import SEGMENTS
+from ..store import SEGMENTS, KVGeometry
 
 if TYPE_CHECKING:
     from .data import Targets
@@ -200,11 +200,10 @@ class KVLoss:
         Raises:
             StageError: if a layer is not there, a target never varies, or weights or relation heads do not fit.
         """
-        geometry = store.geometry
-        count = geometry.num_layers
-        chosen = tuple(range(count)) if layers is None else tuple(layers)
-        if outside := [layer for layer in chosen if layer >= count]:
-            raise StageError(f"train.layers: {outside[0]} is not one of the student's layers 0..{count - 1}")
+        options = options or LossOptions()
+        chosen, weights = check_shape(
+            store.geometry, loss=loss, layers=layers, layer_weights=layer_weights, options=options
+        )
         statistics = store.statistics()
         std = {name: tuple(statistics[f"{name}_std"].tolist()) for name in ("keys", "values")}
         for name, weight in (("keys", key_weight), ("values", value_weight)):
@@ -212,14 +211,6 @@ class KVLoss:
                 raise StageError(
                     f"{store.path}: the target {name} of layer {flat[0]} never vary; choose another projection"
                 )
-        options = options or LossOptions()
-        width = geometry.num_key_value_heads * geometry.head_dim
-        if loss == "relation" and options.relation_heads and width % options.relation_heads:
-            raise StageError(
-                f"train.relation_heads: {options.relation_heads} does not divide the {width} numbers of a key "
-                f"({geometry.num_key_value_heads} KV heads x {geometry.head_dim})"
-            )
-        weights = _layer_weights(layer_weights, chosen)
         return cls(loss, key_weight, value_weight, chosen, std, weights, dict(segment_weights or {}), options)
 
     @property
@@ -298,6 +289,35 @@ class KVLoss:
                 weighted.append(weight * layer_weight * term)
         total = sum(layer_weights) * (self.key_weight + self.value_weight)
         return {"kv": torch.stack(weighted).sum() / total, **terms}
+
+
+def check_shape(
+    geometry: KVGeometry,
+    *,
+    loss: str,
+    layers: Sequence[int] | None,
+    layer_weights: Sequence[float] | Mapping[int, float] | None,
+    options: LossOptions,
+) -> tuple[tuple[int, ...], tuple[float, ...] | None]:
+    """Check what a KV loss is asked for against the student's geometry.
+
+    Returns:
+        The layers with a KV loss, and one weight for each; None if all weights are the same.
+
+    Raises:
+        StageError: if a layer does not exist, or weights or relation heads do not fit.
+    """
+    count = geometry.num_layers
+    chosen = tuple(range(count)) if layers is None else tuple(layers)
+    if outside := [layer for layer in chosen if layer >= count]:
+        raise StageError(f"train.layers: {outside[0]} is not one of the student's layers 0..{count - 1}")
+    width = geometry.num_key_value_heads * geometry.head_dim
+    if loss == "relation" and options.relation_heads and width % options.relation_heads:
+        raise StageError(
+            f"train.relation_heads: {options.relation_heads} does not divide the {width} numbers of a key "
+            f"({geometry.num_key_value_heads} KV heads x {geometry.head_dim})"
+        )
+    return chosen, _layer_weights(layer_weights, chosen)
 
 
 def _layer_weights(

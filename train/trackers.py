@@ -26,9 +26,11 @@ def check_trackers(names: Sequence[str]) -> None:
     Raises:
         BackendNotInstalledError: naming the first that is not.
     """
-    for name in names:
-        if name in _CALLBACKS and find_spec(name) is None:
-            raise BackendNotInstalledError(f"train.report_to: {name} is not installed: pip install 'kava[{name}]'")
+    # The log itself needs tensorboard; an extra that the recipe names comes first.
+    for name in sorted(names, key=lambda name: name not in _CALLBACKS):
+        if find_spec(name) is None:
+            package = f"kava[{name}]" if name in _CALLBACKS else name
+            raise BackendNotInstalledError(f"train.report_to: {name} is not installed: pip install '{package}'")
 
 
 def tracker_callbacks(names: Sequence[str], out: Path) -> list[Any]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...errors import RecipeError, UnsupportedModelError
-from ..rope import max_positions, rope_parameters
+from ..rope import MODEL_LIMIT, max_positions, rope_parameters
 from .settings import EngineSettings
 
 if TYPE_CHECKING:
@@ -25,6 +25,11 @@ def max_prompt(config: Any, settings: EngineSettings) -> int:
         RecipeError: if `max_model_len` asks for more.
         UnsupportedModelError: if vLLM computes something else for any prompt.
     """
+    return prompt_limit(config, settings)[0]
+
+
+def prompt_limit(config: Any, settings: EngineSettings) -> tuple[int, str]:
+    """Return the tokens that a prompt may have, and the setting that limits them; see `max_prompt`."""
     _refuse(config)
     limit, reason = min(_same_up_to(config), default=(math.inf, ""))
     if settings.max_model_len is not None and settings.max_model_len > limit:
@@ -32,7 +37,9 @@ def max_prompt(config: Any, settings: EngineSettings) -> int:
             f"engine.max_model_len: {settings.max_model_len} is too many for {config.model_type}: {reason}; set it to "
             f"{limit} or less, or use extract.backend: hf"
         )
-    return int(min(max_positions(config), settings.max_model_len or math.inf, limit))
+    limits = [(max_positions(config), MODEL_LIMIT), (settings.max_model_len or math.inf, "engine.max_model_len")]
+    tokens, name = min([*limits, (limit, reason)], key=lambda pair: pair[0])
+    return int(tokens), name
 
 
 def sampling_parameters(settings: GenerateSettings, number: int, stop_ids: Sequence[int]) -> dict[str, Any]:

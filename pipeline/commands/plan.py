@@ -1,7 +1,7 @@
 """What `kava plan` and `kava run --dry-run` say: how geometries map onto each other, what it takes, the stages.
 
 Nothing is made. A model or corpus that cannot be reached is named in one line, and what the recipe states is used
-instead.
+instead. The reasons why a recipe is broken are an error after the plan.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ...errors import HubUnreachableError, KavaError
+from ...errors import KavaError
 from ...store import KVGeometry
 from ...store.dtypes import dtype_of
 from ...store.manifest import default_page_tokens
 from ..maps.layers import LayerMap, layer_map
-from ..misfits import refuse_misfits
 from ..plan.plan import Plan
 from ..plan.show import size_tables
 from ..run import Run
@@ -43,18 +42,11 @@ def print_plan(plan: Plan, chosen: list[str], out: Console) -> None:
     out.print()
     if plan.student is not None:
         for name, found in plan.geometries.items():
-            _print_maps(run, name, found, plan.student, out)
+            with suppress(KavaError):  # One of the reasons why the recipe is broken.
+                _print_maps(run, name, found, plan.student, out)
     if (fuse := recipe.fuse) is not None:
         reading = "" if fuse.materialize else ", while they are read"
         out.print(f"{fuse.name:<19} {' + '.join(recipe.fused_teachers)}, weights by {fuse.weights}{reading}\n")
-    for name in plan.geometries:
-        try:
-            refuse_misfits(run, name)
-        except HubUnreachableError as error:
-            plan.unreached.append(error.name)  # Told of below, once.
-        except KavaError as error:
-            if not any(str(error) in problem for problem in problems):
-                problems.append(f"{name}: {error}")
     if plan.corpus is not None:
         with suppress(KavaError):  # Not written yet.
             problems += segment_warnings(run) + template_warnings(run)
@@ -80,6 +72,8 @@ def print_plan(plan: Plan, chosen: list[str], out: Console) -> None:
         names = ", ".join(dict.fromkeys(plan.unreached))
         out.print(f"The hub cannot be reached for {names}: planned with what the recipe states.", markup=False)
     for problem in problems:
+        if any(reason in problem for reason in plan.broken):
+            continue
         out.print(problem, markup=False, style="yellow")
 
 

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from ...errors import RecipeError
-from ...extract.rope import max_positions
 from ...hub import count_parameters, load_config
 from ...store.dtypes import dtype_of
 from ..run import Run
@@ -74,14 +73,6 @@ def teacher_memory(run: Run, name: str, longest: int) -> Memory:
     context = _CONTEXT if device != "cpu" else 0
     needed = round((weights + kv + activations) * _SPARE) + context
     return Memory(name, weights, kv, activations, needed, device, available)
-
-
-def context_length(run: Run, name: str) -> int:
-    """The longest sequence that a teacher reads, in tokens; what its engine is told counts first."""
-    settings, config = run.teacher(name), load_config(run.teacher_source(name))
-    if run.recipe.extract.backend == "vllm" and settings.engine.max_model_len is not None:
-        return settings.engine.max_model_len
-    return max_positions(config)
 
 
 def _device(asked: str, key: str) -> tuple[str, int | None]:

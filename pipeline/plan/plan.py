@@ -12,10 +12,11 @@ from ...errors import CorpusError, HubUnreachableError, KavaError, StageError
 from ...extract import Corpus
 from ...store import CODECS, LOSSY, KVGeometry, KVStore
 from ...store.files import size_of
+from ..context import context_limit
 from ..places import read_record
 from ..recipe import Recipe, SelectSettings
 from ..run import Run
-from .memory import Memory, context_length, teacher_memory
+from .memory import Memory, teacher_memory
 from .probe import Probe, run_probe
 from .stores import Counts, PlannedStore, planned_stores
 from .students import PlannedWeights, planned_students
@@ -72,6 +73,8 @@ class Plan:
     unreached: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     """What could not be found out, and what is planned with instead."""
+    broken: list[str] = field(default_factory=list)
+    """Why the recipe cannot be run as it is, apart from the room that it needs."""
 
     @property
     def bytes(self) -> int:
@@ -150,7 +153,10 @@ def make_plan(run: Run, *, sample: int | None = None, probe: bool = False, teach
             changed, plan.corpus, counts, plan.geometries, plan.student, everyone=everyone, measured=measured
         )
 
-    plan.stores = stores(run)
+    planned = reach("stores", lambda: stores(run))
+    if planned is None:
+        return plan
+    plan.stores = planned
     if plan.student is not None and recipe.student.model not in plan.unreached:
         plan.students = reach("weights of the student", lambda: planned_students(run)) or []
     plan.disks = _disks(plan)
@@ -183,13 +189,21 @@ def _corpus(run: Run, problems: list[str]) -> Corpus:
 
 def _tell_of_long_samples(plan: Plan, name: str) -> None:
     assert plan.counts is not None
-    most, lengths = context_length(plan.run, name), plan.counts.teacher(name).lengths
-    if many := sum(length > most for length in lengths):
-        stop = plan.run.recipe.extract.too_long == "error"
-        ends = "the capture would stop there; set extract.too_long: skip" if stop else "they will be recorded as failed"
-        plan.problems.append(
-            f"{many} of {len(lengths)} samples are longer than the {most} tokens that {name} reads: {ends}"
-        )
+    (most, limit), lengths = context_limit(plan.run, name), plan.counts.teacher(name).lengths
+    if count := sum(length > most for length in lengths):
+        line = f"{count} of {len(lengths)} samples are longer than the {most} tokens that {name} reads ({limit})"
+        if plan.run.recipe.extract.too_long == "skip":
+            plan.problems.append(f"{line}: they will be recorded as failed")
+        elif f"teacher {name}" not in plan.counts.bounds and not _is_captured(plan.run, name):
+            plan.broken.append(f"{line}: shorten them, or set extract.too_long: skip")
+
+
+def _is_captured(run: Run, name: str) -> bool:
+    path = run.target_path(name) if run.recipe.extract.keep == "target" else run.teacher_path(name)
+    try:
+        return not KVStore.open(path).missing_parts()
+    except KavaError:
+        return False
 
 
 def _disks(plan: Plan) -> list[Disk]:

@@ -58,6 +58,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "break_even_epochs": None if plan.break_even_epochs is None else round(plan.break_even_epochs, 2),
         "smaller": [{"change": s.change, "bytes": s.bytes, "saves": s.saves} for s in plan.savings],
         "refusals": plan.refusals,
+        "broken": plan.broken,
         "problems": [*plan.problems, *(f"the hub cannot be reached for {name}" for name in plan.unreached)],
     }
 

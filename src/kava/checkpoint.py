@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from .errors import CheckpointError
 from .lfs import lfs_pointer
-from .notices import transformers_log
+from .notices import no_progress_bar, transformers_log
 
 SINGLE: Final = ("model.safetensors", "pytorch_model.bin")
 """Weight files, in the order in which transformers looks for them; each may be an index of shards instead."""
@@ -159,7 +159,7 @@ def key_report(
     """
     if getattr(config, "quantization_config", None) is not None:
         return _quantized_report(model_class, config, tensors)
-    with transformers_log() as lines:
+    with transformers_log() as lines, no_progress_bar():
         try:
             _, info = model_class.from_pretrained(
                 None,

@@ -5,6 +5,7 @@ what is wrong, where, and how to mend it, in one line; the command line prints i
 
     KavaError                     2
     ├── RecipeError               2   ValueError        a key or value of the recipe
+    │   └── BrokenRecipeError     2                     all that the preflight refuses
     ├── CorpusError               2   ValueError        a record, a line, a field
     ├── AlignmentError            2   ValueError        tokens, spans, indices, layers or heads that do not fit
     ├── UnsupportedModelError     2   NotImplementedError
@@ -13,6 +14,7 @@ what is wrong, where, and how to mend it, in one line; the command line prints i
     ├── CheckpointError           2   ValueError        weights or a tokenizer that are not those of the model
     ├── BackendNotInstalledError  2   ImportError       the engine that the recipe asks for, or its version
     ├── CaptureError              1   RuntimeError      an engine did not deliver every row exactly once
+    ├── NothingCapturedError      1   RuntimeError      every sample of a store failed
     ├── TrainingError             1   ArithmeticError   a loss or gradient that is not finite
     ├── StoreError                2   ValueError
     │   ├── StoreNotFoundError    2   FileNotFoundError
@@ -46,6 +48,17 @@ class KavaError(Exception):
 
 class RecipeError(KavaError, ValueError):
     """A key or a value of the recipe is wrong."""
+
+
+class BrokenRecipeError(RecipeError):
+    """A recipe that the preflight refuses, with every problem; see `kava.pipeline.preflight`."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
 
 
 class CorpusError(KavaError, ValueError):
@@ -89,6 +102,12 @@ class BackendNotInstalledError(KavaError, ImportError):
 
 class CaptureError(KavaError, RuntimeError):
     """An engine did not deliver every row of a prompt exactly once, or not of the tokens it was given."""
+
+    exit_code = EXIT_FAULT
+
+
+class NothingCapturedError(KavaError, RuntimeError):
+    """Every sample of a store failed."""
 
     exit_code = EXIT_FAULT
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from typing import Final, Literal
 
 _printed: Final[set[str]] = set()
+_held: Final[list[str]] = []
+_holding: Final[list[bool]] = []
 
 
 def notice(message: str, *, kind: Literal["note", "warning"] = "note") -> None:
@@ -23,8 +25,34 @@ def notice(message: str, *, kind: Literal["note", "warning"] = "note") -> None:
     if line in _printed:
         return
     _printed.add(line)
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if _holding:
+        _held.append(line)
+    else:
         print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def notices_held() -> Iterator[None]:
+    """Hold notices back until the block has ended.
+
+    After an error they are held until `print_held`, so that whoever reports the error prints the reason first.
+    """
+    _holding.append(True)
+    try:
+        yield
+    finally:
+        _holding.pop()
+    if not _holding:
+        print_held()
+
+
+def print_held() -> None:
+    """Print the notices that an error has left behind."""
+    for line in _held:
+        print(line, file=sys.stderr, flush=True)
+    _held.clear()
 
 
 @contextmanager
@@ -47,3 +75,17 @@ def transformers_log() -> Iterator[list[str]]:
     finally:
         logger.handlers, level, logger.propagate = before
         logger.setLevel(level)
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing progress bars meanwhile."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

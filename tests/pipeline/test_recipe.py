@@ -234,3 +234,19 @@ def _models(annotation: Any) -> list[Any]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in get_args(annotation) for model in _models(part)]
+
+
+def test_lists_of_files_and_values(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {"run_dir": "r", "corpus": {"path": "x"}, "teachers": {"a": {"model": "x"}}, "student": {"model": "y"}}
+        )
+    )
+    listed = load_recipe(path, ["corpus.path=[a.jsonl, b.jsonl]", "corpus.heldout={group: g, values: [u, v]}"]).corpus
+    assert listed.paths == ("a.jsonl", "b.jsonl")
+    assert listed.heldout is not None
+    assert listed.heldout.values == ("u", "v")
+    listed = load_recipe(path, ["corpus.heldout.path=[a.jsonl, b.jsonl]", "chat_template=true"]).corpus
+    assert listed.heldout is not None
+    assert listed.heldout.path == ("a.jsonl", "b.jsonl")
