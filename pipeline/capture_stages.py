@@ -12,7 +12,7 @@ from ..store.files import link, remove
 from ..store.replace import next_path
 from .capturing import capture
 from .context import refuse_too_long
-from .describe import describe, refuse_without_samples
+from .describe import describe
 from .preflight.models import refuse_teacher
 from .run import Run
 from .segments import segment_warnings
@@ -127,7 +127,6 @@ class ExtractStage(StoreStage):
         if self.missing(store):
             with open_teacher(self.run, self._teacher) as teacher:
                 capture(self, store, self.run.corpus, self.run.teacher_encoder(self._teacher), teacher)
-        refuse_without_samples(store)
         return describe(self, store)
 
     def _uncaptured(self) -> list[int]:

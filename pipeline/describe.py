@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CaptureError
 from ..store import KVStore
 
 if TYPE_CHECKING:
@@ -25,21 +24,6 @@ def describe(stage: StoreStage, store: KVStore) -> str:
     if missing:
         note += f"; {len(missing)} parts are not there yet, which are not among {stage.share}"
     return f"{store.num_tokens} tokens of {store.geometry}, {size:.1f} MB at {place}{note}"
-
-
-def refuse_without_samples(store: KVStore) -> None:
-    """Refuse a complete store in which every sample failed: nothing can be computed from it.
-
-    Raises:
-        CaptureError: with the reason of the first sample.
-    """
-    if store.missing_parts() or not (failed := store.failed) or len(failed) < len(store):
-        return
-    sample_id, reason = next(iter(failed.items()))
-    todo = "Correct the cause, and capture again with --force"
-    if "non-finite" in reason:
-        todo = "Check the teacher's weights, or set its dtype to bfloat16 or float32, and capture again with --force"
-    raise CaptureError(f"{store.path}: all {len(failed)} samples failed; {sample_id}: {reason}. {todo}")
 
 
 def short(value: Any) -> str:

@@ -244,9 +244,12 @@ def refuse_if_all_failed(stage: Stage) -> None:
     reasons = list(store.failed.values())
     kinds = [re.sub(r"\d+", "0", reason) for reason in reasons]  # Reasons differ by lengths and layers.
     kind, most = Counter(kinds).most_common(1)[0]
+    remedy = "Correct the cause"
+    if "non-finite" in kind:
+        remedy = "Check the teacher's weights, or set its dtype to bfloat16 or float32"
     raise NothingCapturedError(
         f"{stage.label}: all {count:,} samples of {stage.output} failed, {most:,} of them like this: "
-        f"{reasons[kinds.index(kind)]}"
+        f"{reasons[kinds.index(kind)]}. {remedy}, and capture again with --force"
     )
 
 
