@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -72,12 +71,16 @@ def test_a_folder_is_flushed_while_another_process_writes_into_it(tmp_path: Path
         for _ in range(50):
             write_atomic(tmp_path / "corpus.jsonl", b"text")
 
-    assert _at_once(write, write, lambda: [settle(tmp_path) for _ in range(50)] and None) == []
+    def flush() -> None:
+        for _ in range(50):
+            settle(tmp_path)
+
+    assert _at_once(write, write, flush) == []
 
 
 def test_a_part_that_cannot_begin_holds_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, _ = write_store(tmp_path / "s", [3] * 3)
-    mkdir, opened = Path.mkdir, len(os.listdir("/proc/self/fd"))
+    mkdir, opened = Path.mkdir, len(list(Path("/proc/self/fd").iterdir()))
 
     def failing(path: Path, *words: object, **options: object) -> None:
         if path.name.startswith(".tmp-"):
@@ -87,5 +90,5 @@ def test_a_part_that_cannot_begin_holds_no_lock(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(Path, "mkdir", failing)
     with pytest.raises(RetryLaterError):
         store.write_part(0)
-    assert len(os.listdir("/proc/self/fd")) == opened
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
     assert list((store.path / "parts").glob(".*")) == []
