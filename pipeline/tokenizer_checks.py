@@ -21,8 +21,12 @@ def check_teacher_tokenizer(run: Run, name: str, corpus: Corpus) -> None:
     check_tokenizer(f"teacher {name}", encoder, corpus.records, load_config(source), original)
 
 
-def check_student_tokenizer(run: Run) -> None:
+def check_student_tokenizer(run: Run, *, origin: bool = False) -> None:
     """Check the student's tokenizer on the corpus, unless it is trained on it, or on another machine.
+
+    Args:
+        run: the run.
+        origin: check the tokenizer that the student is made from, even if a student exists, which may be damaged.
 
     Raises:
         CheckpointError: if it loses text, or gives ids that the student cannot read.
@@ -30,15 +34,16 @@ def check_student_tokenizer(run: Run) -> None:
     from ..train.student import model_source, student_config, tokenizer_source
 
     settings = run.recipe.student
+    exists = not origin and run.has_student
     try:
-        if run.has_student:
+        if exists:
             source = run.student_source
         elif isinstance(settings.tokenizer, ByteLevelBPE):
             return
         else:
             source = tokenizer_source(settings)
         tokenizer = load_tokenizer(source)
-        if run.has_student:
+        if exists:
             config = load_config(source)
         elif settings.model is not None:
             config = load_config(model_source(settings))
