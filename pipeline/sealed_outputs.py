@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import DamagedStoreError, StoreError, StoreNotFoundError
+from ..errors import StoreError, StoreNotFoundError
 from ..store.sealed import RECORD, damaged_files, read_sealed, visible_files
 from ..train.checkpoints import damaged_checkpoints
 from ..train.settings import CHECKPOINTS
@@ -73,7 +73,7 @@ def projector_damages(path: Path) -> list[str]:
         card = read_card(path)
     except FileNotFoundError:
         return [] if not path.exists() else [f"{path.with_suffix('.json')}: damaged: it is missing"]
-    except DamagedStoreError as error:
+    except StoreError as error:
         return [str(error)]
     return [problem] if (problem := projector_problem(path, card)) else []
 

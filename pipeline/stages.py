@@ -69,7 +69,7 @@ class StudentStage(Stage):
 
         run = self.run
         check_student_template(run)
-        check_student_tokenizer(run, run.corpus)
+        check_student_tokenizer(run, run.corpus, origin=True)
         texts = (run.corpus.records[i].text for i in run.corpus.split(Split.TRAIN))
         make_student(run.recipe.student, self.building, texts, run.student_record, self._stop_at_the_end_of_a_turn)
         run.forget_student()

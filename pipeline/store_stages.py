@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import DamagedStoreError, KavaError, StageError, StoreError, StoreNotFoundError
+from ..errors import DamagedStoreError, KavaError, StageError, StoreError, StoreFormatError, StoreNotFoundError
 from ..progress import progress
 from ..store import KVStore, Manifest, digest_json, locked
 from ..store.files import remove
@@ -52,6 +52,8 @@ class StoreStage(Stage):
             store = KVStore.open(self.building)
         except StoreNotFoundError:
             return Status("missing")
+        except StoreFormatError as error:
+            return Status("stale", str(error))
         found = store.manifest.differences(wanted)
         if found and self._is_empty():
             return Status("missing")  # A process was killed before its first part, under another recipe.

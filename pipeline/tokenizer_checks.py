@@ -20,8 +20,12 @@ def check_teacher_tokenizer(run: Run, name: str, corpus: Corpus) -> None:
     check_tokenizer(f"teacher {name}", encoder, corpus.records, load_config(source), original)
 
 
-def check_student_tokenizer(run: Run, corpus: Corpus) -> None:
+def check_student_tokenizer(run: Run, corpus: Corpus, *, origin: bool = False) -> None:
     """Check the student's tokenizer on the text that it will read, unless it is trained on that.
+
+    Args:
+        run: the run.
+        origin: check the tokenizer that the student is made from, even if a student exists, which may be damaged.
 
     Raises:
         ModelNotFoundError: if the tokenizer is not on this machine.
@@ -30,14 +34,15 @@ def check_student_tokenizer(run: Run, corpus: Corpus) -> None:
     from ..train.student import model_source, student_config, tokenizer_source
 
     settings = run.recipe.student
-    if run.has_student:
+    exists = not origin and run.has_student
+    if exists:
         source = run.student_source
     elif not isinstance(settings.tokenizer, ByteLevelBPE):
         source = tokenizer_source(settings)
     else:
         return
     tokenizer = load_tokenizer(source)
-    if run.has_student:
+    if exists:
         config = load_config(source)
     elif settings.model is not None:
         config = load_config(model_source(settings))

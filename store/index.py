@@ -119,8 +119,10 @@ class PartIndex:
         index = cls(samples, ids, sums, tables, extras)
         if num_samples:
             _, lengths, splits, _ = samples.max(axis=0).tolist()
-            if samples.min() < 0 or lengths > index.num_pages * manifest.page_tokens or splits > max(Split):
+            if samples.min() < 0 or lengths > index.num_pages * manifest.page_tokens:
                 raise ValueError("samples: numbers that cannot be")
+            if splits > max(Split):
+                raise ValueError("samples: a split that is not known")
         return index
 
     def check(self, page_tokens: int) -> None:

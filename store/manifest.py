@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..errors import StoreError
+from ..errors import StoreError, StoreFormatError
 from .dtypes import dtype_of
 from .extras import ExtraArray, check_names
 from .fingerprint import digest_json
@@ -179,7 +179,7 @@ class Manifest(_Strict):
         if version != FORMAT_VERSION:
             older = isinstance(version, int) and version < FORMAT_VERSION
             advice = "write the store again with this kava" if older else "upgrade kava"
-            raise StoreError(
+            raise StoreFormatError(
                 f"{where} has store format {shortened(version)}, this kava reads {FORMAT_VERSION}. {advice}"
             )
         seals = {name: raw.get(name) for name in ("fingerprint", "digest")}

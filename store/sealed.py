@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from ..errors import DamagedStoreError
+from ..errors import DamagedStoreError, StoreError
 from .files import disk_errors, fsync, fsync_tree, read_small, write_atomic
 from .fingerprint import digest_json
 from .hashing import hash_bytes, hash_file
@@ -203,7 +203,11 @@ _ADVICE: Final = "Restore it from a copy, or run kava repair"
 
 
 def _problem(folder: Path, name: str, entry: Any, quick: bool) -> str:
-    """What is wrong with a file; empty if nothing is."""
+    """What is wrong with a file; empty if nothing is.
+
+    Raises:
+        StoreError: if this user must not read it.
+    """
     plain = PurePosixPath(name)
     if plain.is_absolute() or ".." in plain.parts or not isinstance(entry, list) or len(entry) != 2:
         return "its entry in the record is not one that kava writes"
@@ -219,6 +223,10 @@ def _problem(folder: Path, name: str, entry: Any, quick: bool) -> str:
             return "its bytes are not those that were written"
     except FileNotFoundError:
         return "it is missing"
+    except PermissionError as error:  # Whether it is damaged, its owner can tell.
+        raise StoreError(
+            f"{path}: cannot be read: permission denied. Change its rights, or ask its owner to."
+        ) from error
     except OSError as error:
         return f"it cannot be read: {os.strerror(error.errno or 0).lower()}"
     return ""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ...errors import AlignmentError, DamagedStoreError, StageError
+from ...errors import AlignmentError, DamagedStoreError, StageError, StoreError
 from ...store import KVGeometry
 from ...store.files import disk_errors, fsync, read_small, write_atomic
 from ...store.hashing import hash_bytes
@@ -179,6 +179,6 @@ def seal_problem(path: Path, card: dict[str, Any]) -> str:
     """What differs between a projector and its card; empty if nothing does."""
     try:
         check_entry(path, card["file"])
-    except DamagedStoreError as error:
+    except StoreError as error:
         return str(error)
     return ""

@@ -18,6 +18,7 @@ what is wrong, where, and how to mend it, in one line; the command line prints i
     ├── TrainingError             1   ArithmeticError   a loss or gradient that is not finite
     ├── StoreError                2   ValueError
     │   ├── StoreNotFoundError    2   FileNotFoundError
+    │   ├── StoreFormatError      2                     a store of an older or a newer format
     │   ├── ManifestMismatchError 2                     a store of other content, naming every differing field
     │   ├── SampleFailedError     2   LookupError       this sample has no K/V; the reason was recorded
     │   └── DamagedStoreError     1   OSError           bytes on disk are not what was written
@@ -129,6 +130,10 @@ class StoreError(KavaError, ValueError):
 
 class StoreNotFoundError(StoreError, FileNotFoundError):
     """There is no store, or no such part of it, at this path."""
+
+
+class StoreFormatError(StoreError):
+    """A store of an older or a newer format."""
 
 
 class ManifestMismatchError(StoreError):

@@ -12,9 +12,14 @@ import pytest
 from fixtures.command import kava, write_recipe
 from fixtures.stores import flip, overwrite, tree
 
+from kava.pipeline import load_recipe
+from kava.pipeline.make import _exchange_if_complete
+from kava.pipeline.run import Run
+from kava.pipeline.store_stages import ResampleStage
 from kava.store import KVStore
 from kava.store.fingerprint import file_stamp
 from kava.store.part_writer import PartWriter
+from kava.store.replace import next_path
 
 OUTPUTS = {
     "generate": "generated",
@@ -208,10 +213,15 @@ def test_shares_rebuild_a_stale_store_together(made: Path, tmp_path: Path) -> No
     printed = kava("run", recipe, *changed, "--only", "resample", "--rank", 0, "--world-size", 2)
     assert "the old output stays" in printed
     assert tree(store) == before
+    other = ResampleStage(Run(load_recipe(recipe, changed[1:])), "big")
+    other.beside = next_path(store)
     assert len(KVStore.open(store.with_name(".big.zarr.next")).committed_parts()) == 3
     kava("run", recipe, *changed, "--only", "resample", "--rank", 1, "--world-size", 2)
     assert KVStore.open(store).missing_parts() == []
     assert KVStore.open(store).manifest.parameters["resample"]["method"] == "mean"
+    # A process that joined the rebuild, and whose last part another one made, finds it exchanged.
+    assert "the old output stays" not in _exchange_if_complete(other, "done")
+    assert other.building == store
     # One share of several stages: what the second one reads is made whole first.
     kava("run", recipe, "--only", "resample", "--only", "project", "--rank", 0, "--world-size", 2)
     assert tree(store) == before

@@ -7,7 +7,11 @@ from typing import Any
 from fixtures.command import kava, rows, write_recipe
 
 from kava.answers import final_number
+from kava.pipeline import load_recipe
+from kava.pipeline.generate_stage import GenerateStage
+from kava.pipeline.run import Run
 from kava.store import KVStore, Segment
+from kava.store.replace import next_path
 from kava.store.sealed import sealed_text
 
 
@@ -60,6 +64,12 @@ def test_a_cut_off_generation_goes_on(tmp_path: Path, tiny_models: dict[str, Pat
     assert "10 of 24 prompts answered" in kava("status", recipe)
     kava("run", recipe, "--only", "generate")
     assert (folder / "corpus.jsonl").read_bytes() == corpus
+    # Another process completed the rebuild and put it in place before this one asked or wrote anything.
+    run = Run(load_recipe(recipe))
+    late = GenerateStage(run, beside=next_path(folder))
+    assert "24 of 24 samples kept" in late.make(None)
+    assert late.building == folder
+    assert not next_path(folder).exists()
     printed = kava("run", recipe, "--only", "generate", "-s", "extract.generate.seed=4", code=2)
     assert "add --force generate" in printed
 

@@ -34,7 +34,7 @@ def _forge(store: Path, name: str, data: bytes) -> None:
     [
         (2, [0, 7, 0], "a split that is not known"),
         (2, [0, 2**40, 0], "a split that is not known"),
-        (3, [1, 3, 5], "an id that ends within a character"),
+        (3, [1, 3, 5], "a sample id is not text"),
     ],
 )
 def test_samples_of_an_index_that_cannot_be(tmp_path: Path, column: int, numbers: list[int], message: str) -> None:
