@@ -132,6 +132,7 @@ def repair(
     parts: Parts = None,
 ) -> None:
     """Check the recipe's stores, and make damaged parts again, those alone."""
+    from .found_recipe import find_recipe
     from .repair import repair as repair_stores
     from .saved_recipe import save_recipe
 
@@ -145,7 +146,7 @@ def repair(
         scheduler=scheduler,
         say=say,
     )
-    if any(one.parts for one in repaired):
+    if any(one.parts for one in repaired) and find_recipe(run.root) is None:  # It changes nothing else.
         save_recipe(run)
 
 
