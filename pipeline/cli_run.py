@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -121,14 +122,19 @@ def check_recipe(loaded: Any, names: list[str], scheduler: str | None, teacher: 
     Raises:
         BrokenRecipeError: with every problem.
     """
+    from ..notices import print_later
     from .preflight import Scope, refuse_broken
+    from .template_checks import template_warnings
 
-    refuse_broken(Scope(loaded, frozenset(names), teacher, scheduler))
-    if "extract" in names:
-        from .template_checks import template_warnings
-
-        for warning in template_warnings(loaded):
-            err.print(f"kava: warning: {warning}", style="yellow", markup=False)
+    try:
+        refuse_broken(Scope(loaded, frozenset(names), teacher, scheduler))
+    except BrokenRecipeError:
+        with suppress(KavaError):  # They need the corpus, which may be one of the problems.
+            for warning in template_warnings(loaded) if "extract" in names else []:
+                print_later(f"kava: warning: {warning}")
+        raise
+    for warning in template_warnings(loaded) if "extract" in names else []:
+        err.print(f"kava: warning: {warning}", style="yellow", markup=False)
 
 
 def make(

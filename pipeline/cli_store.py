@@ -167,7 +167,12 @@ def repair(
     world_size: WorldSize = None,
     parts: Parts = None,
 ) -> None:
+<<<<<<< HEAD
     """Check all outputs of a recipe, and make again what is damaged, that alone."""
+=======
+    """Check the recipe's stores, and make damaged parts again, those alone."""
+    from .found_recipe import find_recipe
+>>>>>>> wt-h
     from .repair import repair as repair_stores
     from .saved_recipe import save_recipe
 
@@ -181,7 +186,7 @@ def repair(
         scheduler=scheduler,
         say=say,
     )
-    if any(one.parts for one in repaired):
+    if any(one.parts for one in repaired) and find_recipe(run.root) is None:  # It changes nothing else.
         save_recipe(run)
 
 

@@ -25,6 +25,7 @@ def check_student_tokenizer(run: Run, corpus: Corpus, *, origin: bool = False) -
 
     Args:
         run: the run.
+        corpus: the records that it will read.
         origin: check the tokenizer that the student is made from, even if a student exists, which may be damaged.
 
     Raises:

@@ -48,6 +48,11 @@ def notices_held() -> Iterator[None]:
         print_held()
 
 
+def print_later(line: str) -> None:
+    """Hold a line back until `print_held`, which the report of an error ends with."""
+    _held.append(line)
+
+
 def print_held() -> None:
     """Print the notices that an error has left behind."""
     for line in _held:
