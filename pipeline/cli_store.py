@@ -167,12 +167,8 @@ def repair(
     world_size: WorldSize = None,
     parts: Parts = None,
 ) -> None:
-<<<<<<< HEAD
-    """Check all outputs of a recipe, and make again what is damaged, that alone."""
-=======
-    """Check the recipe's stores, and make damaged parts again, those alone."""
+    """Check all outputs of a recipe and rebuild those that are damaged."""
     from .found_recipe import find_recipe
->>>>>>> wt-h
     from .repair import repair as repair_stores
     from .saved_recipe import save_recipe
 
