@@ -16,6 +16,7 @@ from fixtures.command import kava, write_recipe
 from kava.errors import DamagedStoreError, ModelNotFoundError, RecipeError
 from kava.hub import find_model
 from kava.pipeline.found_recipe import find_recipe, load_found_recipe
+from kava.store.sealed import RECORD, read_sealed, write_record
 
 CODE = """
 from pathlib import Path
@@ -42,6 +43,9 @@ class Download:
         path = folder / "tokenizer_config.json"
         code = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
         path.write_text(json.dumps(json.loads(path.read_text()) | code))
+        if (folder / RECORD).exists():  # As an attacker would: the record fits what is there.
+            record = read_sealed(folder / RECORD)
+            write_record(folder, {name: value for name, value in record.items() if name != "files"})
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +103,7 @@ def test_the_recipe_that_is_named_decides(download: Download) -> None:
     trusting["student"]["trust_remote_code"] = False
     recipe = _save(download.root / "trusting.yaml", yaml.safe_dump(trusting))
     _, printed = _kava("inspect", download.capture, "--sample", "0", "--recipe", recipe)
-    assert download.marker.exists()
+    assert download.marker.exists(), printed
     assert "ignored" not in printed
     download.marker.unlink()
     for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
