@@ -19,7 +19,7 @@ from ..errors import DamagedStoreError, StoreError
 from ..hub import find_model, load_tokenizer, model_geometry
 from ..progress import progress
 from ..store import Split
-from ..store.files import disk_errors, remove, write_atomic
+from ..store.files import disk_errors, fsync, remove, write_atomic
 from ..store.safe_json import read_json_object
 from ..store.sealed import NOT_SEALED, check_record, sealed_text, visible_files, write_record
 from ..train.ranks import Ranks
@@ -170,6 +170,7 @@ class TrainStage(Stage):
 
         def begin() -> None:
             # The record without metrics marks a training that was begun; the next call resumes it.
+            fsync(self.building)  # The names of folders that the Trainer has created by now.
             write_atomic(self.building / RECORD, sealed_text({**record, "files": {}}))
             run.recipe.model_copy(update={"train": settings}).save(self.building / "recipe.yaml")
 

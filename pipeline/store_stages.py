@@ -47,7 +47,10 @@ class StoreStage(Stage):
 
     def inspect(self) -> Status:
         """Compares the store on disk with the manifest that the recipe asks for."""
-        wanted = self.manifest()
+        try:
+            wanted = self.manifest()
+        except DamagedStoreError as error:  # Of what it is made from: nothing is known of the output itself.
+            raise StoreError(str(error)) from error
         try:
             store = KVStore.open(self.building)
         except StoreNotFoundError:

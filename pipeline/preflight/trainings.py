@@ -13,7 +13,6 @@ from ...train.settings import TrainSettings
 from ...train.trackers import check_trackers
 from ..comparison import arms_of
 from ..places import read_record
-from ..run import Run
 from .models import student_geometry
 from .scope import Scope
 
@@ -60,7 +59,8 @@ def _problems(scope: Scope, settings: TrainSettings, out: Path) -> Iterator[str]
         yield from scope.problems_of(lambda: check_loss(geometry, settings))
     if "metrics" not in read_record(out):
         yield from scope.problems_of(partial(check_trackers, settings.report_to))
-        yield from scope.problems_of(lambda: check_lora(settings, _student_config(run)), reached=False)
+        if settings.lora is not None:
+            yield from scope.problems_of(lambda: check_lora(settings, _student_config(scope)), reached=False)
     has_heldout = scope.corpus is not None and len(scope.corpus.split(Split.HELDOUT)) > 0
     yield from scope.problems_of(partial(check_arguments, settings, out, has_heldout=has_heldout))
     if scope.trains:
@@ -68,7 +68,7 @@ def _problems(scope: Scope, settings: TrainSettings, out: Path) -> Iterator[str]
         yield from scope.problems_of(partial(check_precision, settings, run.recipe.student.dtype, runs_here=runs_here))
 
 
-def _student_config(run: Run) -> object:
+def _student_config(scope: Scope) -> object:
     """Return the config of the student, before or after it is built.
 
     Raises:
@@ -77,7 +77,9 @@ def _student_config(run: Run) -> object:
     from ...hub import load_config
     from ...train.student import model_source, student_config
 
-    settings = run.recipe.student
+    settings = scope.run.recipe.student
+    if scope.has_student:
+        return load_config(scope.run.student_source)
     if settings.model is not None:
         return load_config(model_source(settings))
     return student_config(settings, None)
