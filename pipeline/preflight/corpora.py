@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from ...errors import StageError
+from ...errors import DamagedStoreError, StageError
 from ...store import Split
 from ..segments import refuse_empty_segments
 from .scope import Scope
@@ -21,6 +21,6 @@ def check_corpus(scope: Scope) -> Iterator[str]:
         yield f"corpus {recipe.corpus.label}: every sample is held out, none is left to train on"
     try:
         _ = scope.run.corpus
-    except StageError:  # A teacher writes it first.
+    except (StageError, DamagedStoreError):  # A teacher writes it first; the stage that wrote it reports damage.
         return
     yield from scope.problems_of(partial(refuse_empty_segments, scope.run))
