@@ -115,6 +115,7 @@ def _cut(recipe: Path, folder: Path, stages: dict[str, int]) -> dict[str, dict[s
     return told
 
 
+@pytest.mark.slow
 @needs_images
 def test_a_few_power_cuts_while_the_student_is_made(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
     told = _cut(_recipe(tmp_path, tiny_models), tmp_path, {"student": 3})
