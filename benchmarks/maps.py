@@ -24,10 +24,10 @@ from rich.table import Table
 from kava.pipeline import load_recipe
 from kava.pipeline.capture_stages import ExtractStage
 from kava.pipeline.make import run_stages
+from kava.pipeline.project_stage import ProjectStage
 from kava.pipeline.report.projection import make_report, report_stages
 from kava.pipeline.run import Run
 from kava.pipeline.stages import stages_of
-from kava.pipeline.store_stages import ProjectStage
 from kava.store import KVStore
 from kava.store.files import remove
 from kava.train import TrainSettings, train_student

@@ -43,10 +43,10 @@ from measure import peak
 from kava.extract import Captured, CaptureSettings, Tokens, capture_store
 from kava.pipeline.maps.projector import Projector
 from kava.pipeline.parallel import ahead, run_parts
+from kava.pipeline.project_stage import ProjectStage
 from kava.pipeline.recipe import Recipe
 from kava.pipeline.run import Run
 from kava.pipeline.stages import StudentStage
-from kava.pipeline.store_stages import ProjectStage
 from kava.pipeline.transform import Transform
 from kava.store import BackgroundWriter, KVGeometry, KVSample, KVStore
 

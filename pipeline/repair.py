@@ -23,11 +23,12 @@ from .cluster.share import format_parts
 from .compare_stage import arm_stages
 from .leftovers import remove_all
 from .make import stage_lock
+from .project_stage import ProjectStage
 from .repair_outputs import repair_output
 from .run import Run
 from .stage import Stage
 from .stages import stages_of
-from .store_stages import ProjectStage, StoreStage
+from .store_stages import StoreStage
 
 Say = Callable[[str, str], None]
 

@@ -21,10 +21,10 @@ from .generate_stage import GenerateStage, damaged_answers
 from .make import stage_lock
 from .maps.projector import read_card
 from .places import read_record
+from .project_stage import ProjectStage
 from .sealed_outputs import folder_damages, fusion_damages, generated_damages, projector_damages, trained_damages
 from .stage import Stage
 from .stages import StudentStage, TrainStage
-from .store_stages import ProjectStage
 
 Say = Callable[[str, str], None]
 

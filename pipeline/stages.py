@@ -28,10 +28,11 @@ from .capture_stages import ExtractStage, ReferenceStage
 from .fuse.stage import fuse_stage
 from .generate_stage import GenerateStage
 from .places import RECORD, read_record
+from .project_stage import ProjectStage
 from .run import Run
 from .select.stage import SelectStage
 from .stage import Stage, Status
-from .store_stages import ProjectStage, ResampleStage
+from .store_stages import ResampleStage
 from .template_checks import check_student_template
 from .tokenizer_checks import check_student_tokenizer
 from .transform import student_encoder

@@ -23,8 +23,9 @@ from ...extract import Corpus, CorpusSettings, Record, capture_store
 from ...extract.corpus import HeldoutSettings
 from ...store import CODECS, LOSSY, KVStore, Segment, Split
 from ..capture_stages import ExtractStage, ReferenceStage
+from ..project_stage import ProjectStage
 from ..run import Run
-from ..store_stages import ProjectStage, ResampleStage, StoreStage
+from ..store_stages import ResampleStage, StoreStage
 from ..teachers import open_teacher
 from ..transcode import transcode_store
 from .sizes import paged_bytes

@@ -23,10 +23,10 @@ from ..maps.diagnostics import in_own_scale, measure, naive_projector
 from ..maps.layers import LayerMap
 from ..maps.moments import NAMES, Calibration, Wanted, is_held_out
 from ..maps.projector import Projector
+from ..project_stage import ProjectStage
 from ..run import Run
 from ..stage import Stage
 from ..stages import stages_of
-from ..store_stages import ProjectStage
 from ..transform import CalibrationSample, calibration_pairs, calibration_samples
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from ...hub import ModelSource, load_config
 from ...store import SEGMENTS, ExtraArray, KVSample, KVStore, Manifest, default_page_tokens
 from ...store.dtypes import dtype_of
 from ..parallel import walk
-from ..store_stages import ProjectStage, TransformStage
+from ..project_stage import ProjectStage
+from ..store_stages import TransformStage
 from ..transform import load_projector, open_unchanged
 from .rules import Candidates, Selector
 

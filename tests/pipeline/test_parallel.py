@@ -22,8 +22,8 @@ from kava.errors import KavaError, RecipeError, RetryLaterError
 from kava.pipeline import load_recipe
 from kava.pipeline.local_cluster import local_client
 from kava.pipeline.parallel import ahead, run_parts
+from kava.pipeline.project_stage import ProjectStage
 from kava.pipeline.run import Run
-from kava.pipeline.store_stages import ProjectStage
 from kava.store import KVStore
 
 

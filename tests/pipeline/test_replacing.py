@@ -15,8 +15,8 @@ from fixtures.stores import tree
 from kava.errors import StageError
 from kava.pipeline import Projector, load_recipe
 from kava.pipeline.direct import derive_directly
+from kava.pipeline.project_stage import ProjectStage
 from kava.pipeline.run import Run
-from kava.pipeline.store_stages import ProjectStage
 from kava.store import KVStore
 
 

@@ -13,8 +13,8 @@ from fixtures.command import kava, write_recipe
 from fixtures.stores import tree
 
 from kava.pipeline import Projector, load_recipe
+from kava.pipeline.project_stage import ProjectStage
 from kava.pipeline.run import Run
-from kava.pipeline.store_stages import ProjectStage
 from kava.pipeline.transform import calibration_pairs
 from kava.store import KVStore
 
