@@ -200,6 +200,7 @@ def teachers_of(loaded: Any, only: str | None) -> list[str]:
 
 def report_projection(loaded: Any, teacher: str | None, scheduler: str | None) -> None:
     """Fit, measure and draw projectors; print a table for each teacher."""
+    from .found_recipe import find_recipe
     from .report.projection import make_report, report_stages, report_table
     from .saved_recipe import save_recipe
 
@@ -219,7 +220,8 @@ def report_projection(loaded: Any, teacher: str | None, scheduler: str | None) -
             out.print(f"attention is not measured: {problem}", markup=False)
         print_table(report_table(found))
         out.print(f"{numbers}\n{picture}", markup=False)
-    save_recipe(loaded)
+    if find_recipe(loaded.root) is None:  # A report of other settings leaves the recipe of the outputs alone.
+        save_recipe(loaded)
 
 
 def _one_process(stages: set[str], share: Share) -> None:

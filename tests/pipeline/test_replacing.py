@@ -50,7 +50,7 @@ def test_a_map_that_does_not_fit_leaves_the_targets(done: Path) -> None:
         assert tree(done.parent / "run/targets") == targets
     assert _state(done, "project big", "-s", "project.layers=[0,1]") == "stale"
     # Told before a capture, not after it.
-    assert "identity needs equal heads" in kava("run", done, "--dry-run", "-s", "project.heads=identity")
+    assert "identity needs equal heads" in kava("run", done, "--dry-run", "-s", "project.heads=identity", code=2)
     captured = tree(done.parent / "run/teachers")
     for options in ([], ["--parts", "0"]):
         printed = kava("extract", done, "-s", "project.heads=identity", "--force", *options, code=2)
