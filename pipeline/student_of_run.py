@@ -42,6 +42,18 @@ class StudentOfRun(Places, ABC):
             return False
         except StageError:  # Its tokenizer is trained on a corpus that is still to be written.
             return False
+        except StageError:  # Its tokenizer is trained on a corpus that is still to be written.
+            return False
+        except StageError:  # Its tokenizer is trained on a corpus that is still to be written.
+            return False
+        except StageError:  # Its tokenizer is trained on a corpus that is still to be written.
+            return False
+        except StageError:  # Its tokenizer is trained on a corpus that is still to be written.
+            return False
+        except StageError:  # Its tokenizer is trained on a corpus that is still to be written.
+            return False
+        except StageError:  # Its tokenizer is trained on a corpus that is still to be written.
+            return False
 
     @property
     def student_source(self) -> ModelSource:

@@ -24,6 +24,8 @@ Derive = Callable[[KVSample], tuple[KVSample, np.ndarray[Any, Any]]]
 """Makes what is written, and its coverage, of what was appended."""
 QUEUE_BYTES: Final = 512 << 20
 """Raw bytes that may wait to be written before `append` blocks."""
+_OVERHEAD: Final = 4096
+"""Bytes of a waiting sample in addition to its keys and values: tokens, extra arrays, objects."""
 ENCODERS: Final = min(8, num_cpus())
 """Threads that encode."""
 
@@ -80,7 +82,7 @@ class BackgroundWriter:
 
     def append(self, position: int, sample: KVSample, *, coverage: np.ndarray[Any, Any] | None = None) -> None:
         """Queues a sample of the current part; blocks while too much is waiting. See `PartWriter.append`."""
-        size = sum(t.numel() * t.element_size() for t in (sample.keys, sample.values) if t is not None)
+        size = _OVERHEAD + sum(t.numel() * t.element_size() for t in (sample.keys, sample.values) if t is not None)
         self._put(lambda: self._append(position, sample, coverage), size)
 
     def fail(self, position: int, sample_id: str, split: Split, reason: str) -> None:
