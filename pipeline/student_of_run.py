@@ -42,18 +42,6 @@ class StudentOfRun(Places, ABC):
             return False
         except StageError:  # Its tokenizer is trained on a corpus that is still to be written.
             return False
-        except StageError:  # Its tokenizer is trained on a corpus that is still to be written.
-            return False
-        except StageError:  # Its tokenizer is trained on a corpus that is still to be written.
-            return False
-        except StageError:  # Its tokenizer is trained on a corpus that is still to be written.
-            return False
-        except StageError:  # Its tokenizer is trained on a corpus that is still to be written.
-            return False
-        except StageError:  # Its tokenizer is trained on a corpus that is still to be written.
-            return False
-        except StageError:  # Its tokenizer is trained on a corpus that is still to be written.
-            return False
 
     @property
     def student_source(self) -> ModelSource:
