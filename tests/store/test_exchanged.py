@@ -15,12 +15,12 @@ from fixtures.stores import EXTRAS, manifest, overwrite, sample
 from kava.errors import KavaError
 from kava.store import KVSample, KVStore, verify_store
 
-LENGTHS = [6, 6, 3, 5, 8, 2]
+LENGTHS = [6, 6, 3, 5]
 FIELDS = ("input_ids", "positions", "spans", "segments", "mask")
 
 
 def written(path: Path, seed: int, **changes: Any) -> dict[int, bytes]:
-    """Write a store of three parts whose content depends on the seed; return what every sample must read as."""
+    """Write a store of two parts whose content depends on the seed; return what every sample must read as."""
     store = KVStore.create(path, manifest(len(LENGTHS), samples_per_part=2, extras=EXTRAS, **changes))
     for part in store.missing_parts():
         with store.write_part(part) as writer:
@@ -97,10 +97,10 @@ def test_every_pair_of_files(tmp_path: Path, codec: str) -> None:
     }
     one, again, other = map(KVStore.open, stores)
     assert one.manifest.fingerprint == again.manifest.fingerprint != other.manifest.fingerprint
-    assert len({store.part(number).digest for store in (one, again, other) for number in range(3)}) == 9
+    assert len({store.part(number).digest for store in (one, again, other) for number in range(2)}) == 6
     files = [(path, root) for root in stores for path in sorted(root.rglob("*")) if path.is_file()]
     count = check_pairs(files, stores)
-    assert count > 300, count
+    assert count > 150, count
     assert all(reads_right(root, right, {None}) for root, right in stores.items())
     assert not [damage for root in stores for damage in KVStore.open(root).verify()]
 
@@ -109,7 +109,7 @@ def test_every_pair_of_chunks_in_a_shard(tmp_path: Path) -> None:
     """The shard's own index still fits them."""
     right = written(tmp_path / "s.zarr", 0, codec="none")
     store, count = KVStore.open(tmp_path / "s.zarr"), 0
-    for number, name in itertools.product(range(3), ("keys", "values", "tokens", "importance")):
+    for number, name in itertools.product(range(2), ("keys", "values", "tokens", "importance")):
         pages = store.part(number).pages[name]
         (path,) = (Path(pages.path(shard)) for shard in range(len(pages.sizes)))
         good = path.read_bytes()
@@ -128,7 +128,7 @@ def test_every_pair_of_chunks_in_a_shard(tmp_path: Path) -> None:
             chunks = {damage.chunk for damage in KVStore.open(store.path).verify() if damage.array == name}
             assert {one, two} <= chunks
         overwrite(path, good)
-    assert count > 20
+    assert count > 10
     assert reads_right(store.path, right, {None})
 
 
