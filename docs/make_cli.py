@@ -115,7 +115,7 @@ NOTES = {
     "and negatives are read), with Wilson's 95 %. `--tasks` are lm-eval's, which finds or downloads their data by\n"
     "itself, and [tasks of your own](../howto/tasks.md): YAML files, or names that `--include-path` has.",
     "compare": "Each arm and seed is a training in a folder of its own below `run_dir/compare`: what is finished is\n"
-    "kept, what was cut off goes on, and a training whose recipe or targets changed is refused without `--force`,\n"
+    "kept, an interrupted one resumes, and a training whose recipe or targets changed is refused without `--force`,\n"
     "which makes the chosen ones again. `--arm` and `--seed` make one call one job of an array; a last `--no-train`\n"
     "compares them all. The targets must be complete. [The recipe](../recipe.md#compare) has the arms, and what is\n"
     "computed.",
