@@ -90,7 +90,8 @@ EXAMPLES = {
 }
 
 NOTES = {
-    "run": "A stage that is up to date is skipped. A stale capture or training is not replaced without `--force`.",
+    "run": "A stage that is up to date is skipped. A stale capture, generated corpus or training is not replaced without\n"
+    "`--force`. An output that is replaced stays until the new one is complete.",
     "extract": "Resumes at the first missing part. `--retry-failed` first captures the parts with failed samples again;"
     "\neach old part stays until its new one is complete.",
     "resample": "Optional: `kava project` resamples and projects in one pass. The resampled store is for looking at.",
@@ -117,7 +118,7 @@ NOTES = {
     "and negatives are read), with Wilson's 95 %. `--tasks` are lm-eval's, which finds or downloads their data by\n"
     "itself, and [tasks of your own](../howto/tasks.md): YAML files, or names that `--include-path` has.",
     "compare": "Each arm and seed is a training in a folder of its own below `run_dir/compare`: what is finished is\n"
-    "kept, what was cut off goes on, and a training whose recipe or targets changed is refused without `--force`,\n"
+    "kept, an interrupted one resumes, and a training whose recipe or targets changed is refused without `--force`,\n"
     "which makes the chosen ones again. `--arm` and `--seed` make one call one job of an array; a last `--no-train`\n"
     "compares them all. The targets must be complete. [The recipe](../recipe.md#compare) has the arms, and what is\n"
     "computed.",
