@@ -13,6 +13,8 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# One thread here and in every process that a test starts: bits, and the provenance that parts state, depend on it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 BEGUN = time.monotonic()
