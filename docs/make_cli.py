@@ -90,8 +90,8 @@ EXAMPLES = {
 }
 
 NOTES = {
-    "run": "A stage that is up to date is skipped. A stale capture, generated corpus or training is not replaced without\n"
-    "`--force`. An output that is replaced stays until the new one is complete.",
+    "run": "A stage that is up to date is skipped. A stale capture, generated corpus or training is not replaced\n"
+    "without `--force`. An output that is replaced stays until the new one is complete.",
     "extract": "Resumes at the first missing part. `--retry-failed` first captures the parts with failed samples again;"
     "\neach old part stays until its new one is complete.",
     "resample": "Optional: `kava project` resamples and projects in one pass. The resampled store is for looking at.",
