@@ -129,7 +129,7 @@ def refuse_long_samples(
         encoder: the teacher's tokenizer.
         max_tokens: tokens that the teacher reads at most.
         limit: name of what limits them, for messages.
-        on_sample: called with the number of samples that were counted, as it goes on.
+        on_sample: called after each batch with its number of samples.
 
     Raises:
         CorpusError: naming the first sample, and how many there are.

@@ -53,7 +53,7 @@ class Format:
         return self.required + self.optional
 
     def fits(self, row: Row) -> bool:
-        """Whether a record has the layout."""
+        """Whether a record has this layout."""
         return all(row.get(name) is not None for name in self.required) and self.matches(row)
 
 
@@ -274,19 +274,19 @@ def read_row(
     known = next((known for known in formats if known.fits(row)), None)
     if known is None:
         if settings.fields.content:
-            wanted = f"none of the fields {', '.join(repr(n) for f in formats for n in f.columns)} has a value"
+            problem = f"none of the fields {', '.join(repr(n) for f in formats for n in f.columns)} has a value"
         else:
-            wanted = "none of the known formats fits"
-        there = sorted(ascii(name)[1:-1] for name in present)
+            problem = "none of the known formats fits"
+        field_names = sorted(ascii(name)[1:-1] for name in present)
         lists = [
             name for name, value in row.items() if isinstance(value, list) and isinstance(next(iter(value), None), dict)
         ]
-        todo = (
+        remedy = (
             f"{lists[0]!a} is a list of objects; if they are the records, save that list as the file."
             if lists
             else "Name yours under corpus.fields."
         )
-        raise CorpusError(f"{where}: {wanted}; the fields are {', '.join(there) or 'none'}. {todo}")
+        raise CorpusError(f"{where}: {problem}; the fields are {', '.join(field_names) or 'none'}. {remedy}")
     reading = known.read(row, where, settings.separator)
     if settings.text_split is not None or settings.answer_prefix or settings.drop_last_step:
         reading = replace(reading, pieces=_adjusted(reading, settings, where))

@@ -122,7 +122,7 @@ def message_pieces(messages: Sequence[dict[str, Any]], column: str) -> list[Piec
 
 
 def is_learned(message: Mapping[str, Any]) -> bool:
-    """Whether a message is one that the student learns to write."""
+    """Whether the student is trained to write this message."""
     return message.get("role") == "assistant" and message.get(WEIGHT, 1) != 0
 
 

@@ -42,7 +42,7 @@ class Record:
 
     @property
     def content(self) -> list[Any]:
-        """What determines the tokens and segments of the record, as JSON values."""
+        """The fields that determine the tokens and segments of the record, as JSON values."""
         content: list[Any] = [self.text, self.segments, self.turns]
         # Plain messages follow from text and turns; so the digest of a plain chat says nothing more.
         if not all(map(_is_plain, self.messages)):

@@ -43,7 +43,7 @@ class Rendering:
     ends: str
     """Template text with which the last assistant's turn ends; empty if the template ends it with nothing."""
     asks: bool
-    """Whether the last message is one that the student learns to write."""
+    """Whether the student is trained to write the last message."""
 
 
 @dataclass(frozen=True)
