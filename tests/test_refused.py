@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from fixtures.command import kava, write_recipe
+from fixtures.command import copy_recipe, kava, write_recipe
 from fixtures.stores import flip, overwrite, tree
 
 from kava.store import KVStore
@@ -32,11 +32,8 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, P
 @pytest.fixture
 def recipe(made_once: Path, tmp_path: Path) -> Path:
     """A recipe whose targets are made, which a test may spoil."""
-    folder = tmp_path / "done"
-    shutil.copytree(made_once, folder)
-    path = folder / "recipe.yaml"
-    path.write_text(path.read_text().replace(str(made_once), str(folder)))
-    return path
+    recipe: Path = copy_recipe(made_once, tmp_path / "done")
+    return recipe
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures.command import kava, write_recipe
+from fixtures.command import copy_recipe, kava, write_recipe
 from fixtures.stores import tree
 
 from kava.errors import StageError
@@ -30,10 +30,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, P
 @pytest.fixture
 def done(tmp_path: Path, made_once: Path) -> Path:
     """A recipe that was run up to its targets, which a test may spoil."""
-    folder = tmp_path / "done"
-    shutil.copytree(made_once, folder)
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace(str(made_once), str(folder)))
+    recipe: Path = copy_recipe(made_once, tmp_path / "done")
     return recipe
 
 
