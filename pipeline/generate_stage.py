@@ -52,6 +52,8 @@ class GenerateStage(Stage):
         if not self.building.is_dir():
             return Status("missing")
         record = read_record(self.building)
+        if not record and not _answer_files(self.building):  # Interrupted before the record; a claim may be left.
+            return Status("missing")
         if "kept" not in record and not self.is_begun():  # Stopped before the first answer.
             return Status("missing")
         if record.get("key") != self.run.generate_key:

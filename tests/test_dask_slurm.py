@@ -40,7 +40,8 @@ def test_the_script_of_a_workers_job() -> None:
 
 
 SBATCH = """#!/bin/sh
-setsid sh "$1" > "$FAKE_SLURM/worker.log" 2>&1 &
+cp "$1" "$FAKE_SLURM/job.sh"  # As SLURM does: the caller removes its file.
+setsid sh "$FAKE_SLURM/job.sh" > "$FAKE_SLURM/worker.log" 2>&1 &
 echo "$!" > "$FAKE_SLURM/pid"
 echo "Submitted batch job 7"
 """

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import yaml
-from fixtures.command import kava, write_recipe
+from fixtures.command import kava, seal_again, write_recipe
 
 from kava.errors import DamagedStoreError, ModelNotFoundError, RecipeError
 from kava.hub import find_model
 from kava.pipeline.found_recipe import find_recipe, load_found_recipe
-from kava.store.sealed import RECORD, read_sealed, write_record
+from kava.store.sealed import RECORD
 
 CODE = """
 from pathlib import Path
@@ -44,8 +44,7 @@ class Download:
         code = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
         path.write_text(json.dumps(json.loads(path.read_text()) | code))
         if (folder / RECORD).exists():  # As an attacker would: the record fits what is there.
-            record = read_sealed(folder / RECORD)
-            write_record(folder, {name: value for name, value in record.items() if name != "files"})
+            seal_again(folder)
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from fixtures.command import seal_again
 from fixtures.stores import write_store
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from kava.errors import DamagedStoreError, RetryLaterError, StageError
 from kava.hub import tokenizer_digest
 from kava.store import KVGeometry
-from kava.store.sealed import RECORD, read_sealed, write_record
 from kava.train import TrainSettings, load_student, train_student
 from kava.train.checkpoint_files import check_checkpoint
 
@@ -125,8 +125,7 @@ def train(tmp_path: Path, tiny_models: dict[str, Path]) -> Callable[[], None]:
 def test_a_state_of_the_trainer_that_runs_code_is_refused(train: Callable[[], None], tmp_path: Path, name: str) -> None:
     (checkpoint,) = (tmp_path / "out/checkpoints").iterdir()
     torch.save(_Code(tmp_path / "ran"), checkpoint / name)
-    record = read_sealed(checkpoint / RECORD)  # As an attacker would: the record fits what is there.
-    write_record(checkpoint, {field: value for field, value in record.items() if field != "files"})
+    seal_again(checkpoint)  # As an attacker would: the record fits what is there.
     with pytest.raises(StageError, match=rf"{name}: refused: .*GLOBAL posix\.mkdir"):
         train()
     assert not (tmp_path / "ran").exists()

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from fixtures.command import kava, write_recipe
+from fixtures.command import kava, seal_again, write_recipe
 from fixtures.stores import tree
 from safetensors.torch import load_file, save_file
 
@@ -134,6 +134,7 @@ def test_two_ranks_train_as_one(recipe: Path, tmp_path: Path, tiny_models: dict[
     plain = tmp_path / "recipe.yaml"  # Without dropout, whose masks are of the shapes of each rank's batches.
     shutil.copytree(recipe.parent / "run", tmp_path / "run")
     shutil.copytree(tiny_models["student"], tmp_path / "run/student", dirs_exist_ok=True)
+    seal_again(tmp_path / "run/student")
     plain.write_text(recipe.read_text().replace(str(recipe.parent / "run"), str(tmp_path / "run")))
     printed = _two(plain, "two", **two)
     assert printed.count("train:   ") == 1
@@ -249,6 +250,7 @@ def test_what_goes_wrong_on_one_rank_stops_all_and_is_told_once(recipe: Path, tm
     with torch.no_grad():
         model.get_input_embeddings().weight[token] = torch.nan
     model.save_pretrained(tmp_path / "run/student")
+    seal_again(tmp_path / "run/student")
     seed, owner = next(_alone(targets, owners[token]))
     printed = _two(copy, "nan", code=1, batch_size=1, max_steps=40, seed=seed, fsdp=fsdp)
     (samples_told,) = re.findall(
