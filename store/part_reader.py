@@ -51,10 +51,8 @@ class PartReader:
         self.root, self.manifest, self.index, self._check = root, manifest, index, check
         self._folder = f"{root}/parts/{part_name(index)}"
         self._header = f"{self._folder}/zarr.json"
-        self._stamp = self._current_stamp()
-        self.table = read_table(self.root, layout, index)
+        self.table, data = self._read(layout)
         self._dtype, self._quantizer = dtype_of(manifest.dtype), LOSSY.get(manifest.codec)
-        data = read_index(self._folder, self.table)
         try:
             self._index = PartIndex.load(data, manifest, len(self), layout.arrays)
             if self._index.num_pages * manifest.page_tokens != self.num_rows:
@@ -65,6 +63,17 @@ class PartReader:
         self.pages = {n: PageReader(a, self._folder, tables[n], files, check) for n, a in layout.arrays.items()}
         self.nbytes = len(data) + _OVERHEAD
         """Approximate memory of this reader in bytes."""
+
+    def _read(self, layout: PartLayout) -> tuple[dict[str, Any], bytes]:
+        """Return table and index of one state of the part, which another process may replace in between."""
+        while True:
+            self._stamp = self._current_stamp()
+            try:
+                table = read_table(self.root, layout, self.index)
+                return table, read_index(self._folder, table)
+            except DamagedStoreError:
+                if self._current_stamp() == self._stamp:
+                    raise
 
     @property
     def path(self) -> Path:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fixtures.stores import write_store
 
 from kava.errors import RetryLaterError
-from kava.store import KVStore
+from kava.store import KVStore, part_reader
 from kava.store.files import remove, write_atomic
 from kava.store.part_exchange import replacing_outdated
 from kava.store.sealed import settle
@@ -92,3 +93,22 @@ def test_a_part_that_cannot_begin_holds_no_lock(tmp_path: Path, monkeypatch: pyt
         store.write_part(0)
     assert len(list(Path("/proc/self/fd").iterdir())) == opened
     assert list((store.path / "parts").glob(".*")) == []
+
+
+def test_a_part_replaced_between_its_table_and_its_index_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, lengths in (("a", [5, 6, 7]), ("b", [5, 7, 9])):
+        write_store(tmp_path / name, lengths, samples_per_part=3)
+    read, part = part_reader.read_table, tmp_path / "a/parts/00000"
+
+    def replacing(*arguments: Any) -> Any:
+        table = read(*arguments)
+        monkeypatch.setattr(part_reader, "read_table", read)
+        part.rename(tmp_path / "old")
+        (tmp_path / "b/parts/00000").rename(part)
+        return table
+
+    monkeypatch.setattr(part_reader, "read_table", replacing)
+    store = KVStore.open(tmp_path / "a")
+    assert [len(store[index].input_ids) for index in range(3)] == [5, 7, 9]
