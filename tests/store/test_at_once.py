@@ -11,10 +11,11 @@ import pytest
 from fixtures.stores import write_store
 
 from kava.errors import RetryLaterError
-from kava.store import KVStore, part_reader
+from kava.store import KVStore
 from kava.store.files import remove, write_atomic
 from kava.store.part_exchange import replacing_outdated
 from kava.store.sealed import settle
+from kava.store.table import read_table
 
 
 def _at_once(*works: Callable[[], None]) -> list[BaseException]:
@@ -100,15 +101,15 @@ def test_a_part_replaced_between_its_table_and_its_index_is_read_again(
 ) -> None:
     for name, lengths in (("a", [5, 6, 7]), ("b", [5, 7, 9])):
         write_store(tmp_path / name, lengths, samples_per_part=3)
-    read, part = part_reader.read_table, tmp_path / "a/parts/00000"
+    place, part = "kava.store.part_reader.read_table", tmp_path / "a/parts/00000"
 
     def replacing(*arguments: Any) -> Any:
-        table = read(*arguments)
-        monkeypatch.setattr(part_reader, "read_table", read)
+        table = read_table(*arguments)
+        monkeypatch.setattr(place, read_table)
         part.rename(tmp_path / "old")
         (tmp_path / "b/parts/00000").rename(part)
         return table
 
-    monkeypatch.setattr(part_reader, "read_table", replacing)
+    monkeypatch.setattr(place, replacing)
     store = KVStore.open(tmp_path / "a")
     assert [len(store[index].input_ids) for index in range(3)] == [5, 7, 9]
