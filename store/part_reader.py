@@ -61,8 +61,8 @@ class PartReader:
             raise DamagedStoreError(f"{self._folder}/{INDEX_FILE}: {error}") from None
         tables, files = self._index.pages, self.table["files"]
         self.pages = {n: PageReader(a, self._folder, tables[n], files, check) for n, a in layout.arrays.items()}
-        self.nbytes = len(data) + _OVERHEAD
-        """Approximate memory of this reader in bytes."""
+        self.nbytes = len(data) + sum(reader.offsets_nbytes for reader in self.pages.values()) + _OVERHEAD
+        """Approximate memory of this reader in bytes, once all its arrays have been read."""
 
     def _read(self, layout: PartLayout) -> tuple[dict[str, Any], bytes]:
         """Return table and index of one state of the part, which another process may replace in between."""

@@ -197,6 +197,11 @@ class PageReader:
         """Return the bytes of a shard; -1 if the table does not name it."""
         return int(self.files.get(self.array.shard_name(shard), (-1,))[0])
 
+    @property
+    def offsets_nbytes(self) -> int:
+        """Bytes of the offsets of all chunks, which are computed when the first one is read, and kept."""
+        return self.num_pages * np.dtype(np.int64).itemsize
+
     def offset(self, page: int) -> int:
         """Return the first byte of a chunk in its shard."""
         return int(self._offsets[page])
